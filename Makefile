@@ -1,0 +1,47 @@
+# tbr: `make` builds, `make test` tests, `make bench` measures.
+#
+# Flags that the compiler doesn't know are left out by themselves, so a bare
+# C compiler is enough: make CC=clang, make CC=tcc, make CC=arm-...-gcc.
+# ARCH= (empty) builds for any machine of this kind instead of for this one.
+
+CC = cc
+ARCH = -march=native
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes
+
+# $(call takes,FLAGS) is FLAGS if the compiler takes them, else nothing.
+takes = $(shell echo 'int main(void){return 0;}' > .probe.c; \
+  $(CC) -Werror $(1) .probe.c -o .probe.out >/dev/null 2>&1 && echo '$(1)'; \
+  rm -f .probe.c .probe.out)
+
+# Exactness: no contraction of a*b+c, no excess precision (see README).
+EXACT := $(call takes,-ffp-contract=off) $(call takes,-fno-math-errno)
+FAST := $(call takes,-O3) $(if $(ARCH),$(call takes,$(ARCH)))
+OPENMP := $(or $(call takes,-fopenmp),$(call takes,-fopenmp-simd))
+FLAGS = $(call takes,-std=c99) $(FAST) $(EXACT) $(OPENMP) $(CFLAGS)
+
+all: tbr
+
+tbr: tbr.c tbr.h Makefile
+	$(CC) $(FLAGS) tbr.c -o tbr -lm $(LDFLAGS)
+
+test: tbr
+	@CC='$(CC)' FLAGS='$(FLAGS)' sh test/run.sh
+
+bench: tbr
+	@CC='$(CC)' FLAGS='$(FLAGS)' sh test/bench.sh
+
+lint:
+	@for cc in gcc clang; do \
+	  command -v $$cc >/dev/null || continue; \
+	  for mode in '' -DTBR_DOUBLE; do \
+	    $$cc -std=c99 $(WARN) -Wno-unknown-pragmas -O2 $$mode -c tbr.c \
+	      -o /dev/null || exit 1; \
+	  done; done
+	@command -v cppcheck >/dev/null || { echo 'no cppcheck here'; exit 0; }; \
+	cppcheck --quiet --std=c99 --enable=warning,performance,portability \
+	  --inline-suppr --error-exitcode=1 tbr.c
+
+clean:
+	rm -rf tbr out test/out .probe.c .probe.out
+
+.PHONY: all test bench lint clean
