@@ -702,24 +702,31 @@ static Mat transposed(const real *at, size_t row) {
   return m;
 }
 
-/* Copies wide x deep numbers into panels of `tile`: to[p][k][i], where i
- * runs inside panel p; the last panel is filled up with zeros. `step` leads
- * to the next i, `along` to the next k. */
-static void pack(real *to, const real *at, size_t wide, size_t deep,
-                 size_t step, size_t along, size_t tile) {
-  for (size_t p = 0; p < wide; p += tile, to += tile * deep) {
-    size_t n = wide - p < tile ? wide - p : tile;
-    const real *from = at + p * step;
-    if (n < tile) memset(to, 0, tile * deep * sizeof *to);
-    if (step == 1) {
-      for (size_t k = 0; k < deep; k++)
-        memcpy(to + k * tile, from + k * along, n * sizeof *to);
-    } else {
-      for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; k < deep; k++)
-          to[k * tile + i] = from[i * step + k * along];
-    }
+/* Copies one panel, tile x deep numbers, to[k][i]; `step` leads to the next
+ * i, `along` to the next k. Inlined, so that tile is a constant. */
+static inline void pack_panel(real *to, const real *from, size_t tile,
+                              size_t deep, size_t step, size_t along) {
+  if (step == 1) {
+    for (size_t k = 0; k < deep; k++)
+      for (size_t i = 0; i < tile; i++) to[k * tile + i] = from[k * along + i];
+  } else {
+    for (size_t k = 0; k < deep; k++)
+      for (size_t i = 0; i < tile; i++)
+        to[k * tile + i] = from[i * step + k * along];
   }
+}
+
+/* Copies wide x deep numbers into panels; the last is filled with zeros. */
+static inline void pack(real *to, const real *at, size_t wide, size_t deep,
+                        size_t step, size_t along, size_t tile) {
+  size_t p = 0;
+  for (; p + tile <= wide; p += tile, to += tile * deep)
+    pack_panel(to, at + p * step, tile, deep, step, along);
+  if (p == wide) return;
+  memset(to, 0, tile * deep * sizeof *to);
+  for (size_t i = 0; p + i < wide; i++)
+    for (size_t k = 0; k < deep; k++)
+      to[k * tile + i] = at[(p + i) * step + k * along];
 }
 
 /* c (MR,NR) += a (deep,MR)^T b (deep,NR), both packed. c's rows are ldc
@@ -4270,19 +4277,15 @@ static real largest(const real *x, size_t n) {
 /* x[i] = exp(scale x[i] - max), where max is that of scale x; returns max and
  * the sum of the new x. */
 static real exponentials(real *x, size_t n, real scale, real *max) {
-  real lane[LANES] = {0};
+  real lane[LANES] = {0}, top = largest(x, n) * scale;
   size_t i = 0;
-  *max = largest(x, n) * scale;
+#pragma omp simd
+  for (size_t j = 0; j < n; j++) x[j] = exp_real(x[j] * scale - top);
   for (; i + LANES <= n; i += LANES)
 #pragma omp simd
-    for (size_t j = 0; j < LANES; j++) {
-      x[i + j] = exp_real(x[i + j] * scale - *max);
-      lane[j] += x[i + j];
-    }
-  for (size_t j = 0; i < n; i++, j++) {
-    x[i] = exp_real(x[i] * scale - *max);
-    lane[j] += x[i];
-  }
+    for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
+  for (size_t j = 0; i < n; i++, j++) lane[j] += x[i];
+  *max = top;
   return lane_sum(lane);
 }
 
