@@ -17,7 +17,8 @@ takes = $(shell echo 'int main(void){return 0;}' > .probe.c; \
 EXACT := $(call takes,-ffp-contract=off) $(call takes,-fno-math-errno)
 FAST := $(call takes,-O3) $(if $(ARCH),$(call takes,$(ARCH)))
 OPENMP := $(or $(call takes,-fopenmp),$(call takes,-fopenmp-simd))
-FLAGS = $(call takes,-std=c99) $(FAST) $(EXACT) $(OPENMP) $(CFLAGS)
+STANDARD := $(call takes,-std=c99)
+FLAGS = $(STANDARD) $(FAST) $(EXACT) $(OPENMP) $(CFLAGS)
 
 all: tbr
 

@@ -128,6 +128,24 @@ static void *mem_grow(void *p, size_t *cap, size_t want, size_t size) {
   return p;
 }
 
+/* Several arrays of numbers in one block, which is to be freed alone. */
+typedef struct {
+  real **at;
+  size_t n;
+} Extent;
+
+static real *mem_parts(const Extent *part, size_t parts) {
+  size_t all = 0;
+  for (size_t i = 0; i < parts; i++) {
+    all += part[i].n;
+    if (all < part[i].n) tbr_fail("out of memory: sizes overflow");
+  }
+  real *block = mem_raw(all, sizeof *block);
+  for (size_t i = 0, at = 0; i < parts; at += part[i++].n)
+    *part[i].at = block + at;
+  return block;
+}
+
 static char *copy_string(const char *s) {
   size_t n = strlen(s) + 1;
   return memcpy(mem_raw(n, 1), s, n);
@@ -155,18 +173,34 @@ static void buf_char(Buf *b, int c) {
   buf_add(b, &byte, 1);
 }
 
+static void buf_vprintf(Buf *b, const char *format, va_list args) {
+  va_list again;
+  va_copy(again, args);
+  int n = vsnprintf(NULL, 0, format, args);
+  if (n < 0) tbr_fail("cannot format a text like \"%s\"", format);
+  b->s = mem_grow(b->s, &b->cap, b->n + (size_t)n + 1, 1);
+  vsnprintf(b->s + b->n, (size_t)n + 1, format, again);
+  va_end(again);
+  b->n += (size_t)n;
+}
+
 TBR_PRINTF(2, 3)
 static void buf_printf(Buf *b, const char *format, ...) {
   va_list args;
   va_start(args, format);
-  int n = vsnprintf(NULL, 0, format, args);
+  buf_vprintf(b, format, args);
   va_end(args);
-  if (n < 0) tbr_fail("cannot format a text like \"%s\"", format);
-  b->s = mem_grow(b->s, &b->cap, b->n + (size_t)n + 1, 1);
+}
+
+/* Formats into fresh memory. */
+TBR_PRINTF(1, 2)
+static char *format_string(const char *format, ...) {
+  Buf b = {0};
+  va_list args;
   va_start(args, format);
-  vsnprintf(b->s + b->n, (size_t)n + 1, format, args);
+  buf_vprintf(&b, format, args);
   va_end(args);
-  b->n += (size_t)n;
+  return b.s;
 }
 
 static void buf_clear(Buf *b) {
@@ -178,21 +212,6 @@ static void buf_free(Buf *b) {
   free(b->s);
   b->s = NULL;
   b->n = b->cap = 0;
-}
-
-/* Formats into fresh memory, which the caller frees. */
-TBR_PRINTF(1, 2)
-static char *format_string(const char *format, ...) {
-  va_list args;
-  va_start(args, format);
-  int n = vsnprintf(NULL, 0, format, args);
-  va_end(args);
-  if (n < 0) tbr_fail("cannot format a text like \"%s\"", format);
-  char *s = mem_raw((size_t)n + 1, 1);
-  va_start(args, format);
-  vsnprintf(s, (size_t)n + 1, format, args);
-  va_end(args);
-  return s;
 }
 
 static FILE *open_file(const char *path) {
@@ -366,6 +385,9 @@ typedef struct {
 } Progress;
 
 static void progress(Progress *p, size_t done, const char *note) {
+#ifdef _OPENMP
+  if (omp_get_thread_num() > 0) return; /* side by side, one is shown */
+#endif
   if (!is_terminal(stderr)) return;
   double t = now();
   if (p->began <= 0) p->began = t;
@@ -436,19 +458,15 @@ static uint64_t double_bits(double x) {
  * if anything was lost), so that rounding it to float rounds once in effect
  * (Boldo and Melquiond, 2008). */
 float tbr_soft_fmaf(float a, float b, float c) {
-  volatile double product = (double)a * (double)b; /* volatile: no contraction
-    and no excess precision, whatever the compiler was told */
-  volatile double sum = product + (double)c;
-  volatile double back = sum - product;
-  volatile double rest = sum - back;
-  volatile double lost = (product - rest) + ((double)c - back);
+  double product = (double)a * (double)b, addend = c;
+  double sum = product + addend; /* what that loses, by Knuth's two-sum: */
+  double back = sum - product, rest = sum - back;
+  double low = product - rest, high = addend - back, lost = low + high;
   uint64_t u = double_bits(sum);
-  double size = sum < 0 ? -sum : sum;
-  if (lost != 0 && size <= DBL_MAX && !(u & 1)) {
-    int away = (lost > 0) == (sum > 0); /* the true sum is larger in size */
-    sum = bits_double(away ? u + 1 : u - 1);
-  }
-  return (float)sum;
+  int inexact = lost != 0 && lost - lost == 0; /* and finite */
+  int away = (lost > 0) == (sum > 0);          /* the true sum is larger */
+  uint64_t odd = away ? u + 1 : u - 1;
+  return (float)bits_double(inexact && !(u & 1) ? odd : u);
 }
 
 /* The fused multiply-add that everything below is written in. */
@@ -858,16 +876,11 @@ void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
  * with the place where it does. Left out: streaming, NaN, comments.
  * ====================================================================== */
 
-#include <locale.h> /* for the decimal point that strtod expects */
-
 /* Adds a code point as UTF-8. */
 static void buf_utf8(Buf *b, uint32_t c) {
-  if (c < 0x80) {
-    buf_char(b, (int)c);
-    return;
-  }
-  int more = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
-  buf_char(b, (int)((0xff00u >> (more + 1) & 0xffu) | c >> 6 * more));
+  int more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+  uint32_t mark = more ? 0xff00u >> (more + 1) & 0xffu : 0;
+  buf_char(b, (int)(mark | c >> 6 * more));
   while (more--) buf_char(b, (int)(0x80u | (c >> 6 * more & 0x3fu)));
 }
 
@@ -875,9 +888,8 @@ static void buf_utf8(Buf *b, uint32_t c) {
 static size_t utf8_decode(const char *s, size_t n, uint32_t *code) {
   static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
   const unsigned char *u = (const unsigned char *)s;
-  if (!n) return 0;
-  size_t more = u[0] < 0x80 ? 0 : u[0] >> 5 == 6 ? 1 : u[0] >> 4 == 14 ? 2
-              : u[0] >> 3 == 30 ? 3 : n;
+  size_t more = !n ? 0 : u[0] < 0x80 ? 0 : u[0] >> 5 == 6 ? 1
+              : u[0] >> 4 == 14 ? 2 : u[0] >> 3 == 30 ? 3 : n;
   if (more >= n) return 0;
   uint32_t c = more ? u[0] & (0x3fu >> more) : u[0];
   for (size_t i = 1; i <= more; i++) {
@@ -889,55 +901,22 @@ static size_t utf8_decode(const char *s, size_t n, uint32_t *code) {
   return more + 1;
 }
 
-static const char *skip_digits(const char *s, const char *end) {
-  while (s < end && *s >= '0' && *s <= '9') s++;
-  return s;
-}
-
-/* Reads a number by JSON's grammar, which is the C locale's whatever the
- * locale is. Returns where it ends, or NULL if there is none. */
-static const char *scan_number(const char *s, const char *end, double *x) {
-  const char *digits = s + (s < end && *s == '-'), *dot = NULL;
-  const char *at = skip_digits(digits, end);
-  if (at == digits || (*digits == '0' && at - digits > 1)) return NULL;
-  if (at < end && *at == '.') {
-    dot = at;
-    if ((at = skip_digits(dot + 1, end)) == dot + 1) return NULL;
-  }
-  if (at < end && (*at == 'e' || *at == 'E')) {
-    at++;
-    at += at < end && (*at == '-' || *at == '+');
-    digits = at;
-    if ((at = skip_digits(digits, end)) == digits) return NULL;
-  }
-  Buf b = {0};
-  buf_add(&b, s, (size_t)((dot ? dot : at) - s));
-  if (dot) {
-    buf_str(&b, localeconv()->decimal_point);
-    buf_add(&b, dot + 1, (size_t)(at - dot) - 1);
-  }
-  *x = strtod(b.s, NULL);
-  buf_free(&b);
-  return at;
-}
-
-typedef enum {
-  JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
-  JSON_OBJECT
-} JsonKind;
-
 /* A value and what it holds; the values of one array or object are a list. */
 typedef struct Json {
-  JsonKind kind;
+  enum {
+    JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
+    JSON_OBJECT
+  } kind;
   double number;
   char *string; /* may hold 0 bytes; closed by one that length doesn't count */
-  size_t length;
   char *key;    /* inside an object */
   struct Json *child, *next;
-  size_t line;
-  const char *path; /* where it was read, for messages; the root's own */
+  size_t length, line;
+  const char *path; /* where it was read, for messages */
 } Json;
 
+/* What is being read. *end is 0 or a line end, which no token of JSON goes
+ * past, so that only blanks and strings must look out for it. */
 typedef struct {
   const char *at, *end, *line_start, *path;
   size_t line;
@@ -949,96 +928,113 @@ TBR_NORETURN static void json_fail(const JsonReader *r, const char *what) {
 }
 
 static void json_blanks(JsonReader *r) {
-  for (; r->at < r->end && strchr(" \t\r\n", *r->at) && *r->at; r->at++)
+  for (; r->at < r->end && memchr(" \t\r\n", *r->at, 4); r->at++)
     if (*r->at == '\n') r->line++, r->line_start = r->at + 1;
 }
 
 /* Takes the byte c if it comes next, blanks left aside. */
 static int json_next(JsonReader *r, char c) {
   json_blanks(r);
-  if (r->at == r->end || *r->at != c) return 0;
+  if (*r->at != c) return 0;
   r->at++;
   return 1;
 }
 
-/* The four hexadecimal digits after \u, or -1 if they are not there. */
-static long json_hex(JsonReader *r) {
-  long code = 0;
-  if (r->end - r->at < 4) return -1;
-  for (int i = 0; i < 4; i++) {
-    const char *digits = "0123456789abcdef0123456789ABCDEF";
-    const char *d = r->at[i] ? strchr(digits, r->at[i]) : NULL;
-    if (!d) return -1;
-    code = code << 4 | (d - digits) % 16;
+/* Takes a number, if one is here. What follows JSON's grammar, strtod reads
+ * alike in the C locale, which this program never leaves. */
+static int json_take_number(JsonReader *r, double *x) {
+  static const char digits[] = "0123456789";
+  const char *s = r->at + (*r->at == '-');
+  size_t n = strspn(s, digits);
+  if (*s == '0' && n > 1) n = 0;
+  s += n;
+  if (n && *s == '.') s++, s += n = strspn(s, digits);
+  if (n && (*s == 'e' || *s == 'E')) {
+    s += s[1] == '-' || s[1] == '+' ? 2 : 1;
+    s += n = strspn(s, digits);
   }
-  r->at += 4;
-  return code;
+  if (!n) return 0;
+  *x = strtod(r->at, NULL);
+  if (*x > DBL_MAX || *x < -DBL_MAX) json_fail(r, "this number is too large");
+  r->at = s;
+  return 1;
 }
 
-/* What follows a backslash; half a surrogate pair becomes U+FFFD. */
-static void json_escape(JsonReader *r, Buf *b) {
+/* Takes \uXXXX and returns its code. */
+static uint32_t json_take_code(JsonReader *r) {
+  char digits[5] = {0};
+  if (r->at[1] != 'u' || strspn(r->at + 2, "0123456789abcdefABCDEF") < 4)
+    json_fail(r, "unknown escape; one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t or "
+                 "\\u with four hexadecimal digits would be right");
+  memcpy(digits, r->at + 2, 4);
+  r->at += 6;
+  return (uint32_t)strtoul(digits, NULL, 16);
+}
+
+/* A string, its opening quote already taken; fresh memory. Half a surrogate
+ * pair becomes U+FFFD, which goes again if its other half comes next. */
+static char *json_take_string(JsonReader *r, size_t *length) {
   static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-  char c = r->at < r->end ? *r->at : 0;
-  const char *known = c ? strchr(from, c) : NULL;
-  if (known) {
-    buf_char(b, to[known - from]);
-    r->at++;
-    return;
-  }
-  if (c != 'u') json_fail(r, "unknown escape; one of \\\" \\\\ \\/ \\b \\f \\n "
-                             "\\r \\t \\uXXXX would be right");
-  r->at++;
-  long code = json_hex(r), low = -1;
-  if (code < 0) json_fail(r, "\\u needs four hexadecimal digits");
-  if (code >= 0xd800 && code < 0xdc00 && r->end - r->at >= 6 &&
-      r->at[0] == '\\' && r->at[1] == 'u') {
-    JsonReader ahead = *r;
-    ahead.at += 2;
-    low = json_hex(&ahead);
-    if (low >= 0xdc00 && low < 0xe000) {
-      code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
-      *r = ahead;
-    }
-  }
-  buf_utf8(b, code >= 0xd800 && code < 0xe000 ? 0xfffd : (uint32_t)code);
-}
-
-/* A string, its opening quote already taken; fresh memory. */
-static char *json_characters(JsonReader *r, size_t *length) {
+  const char *known;
   Buf b = {0};
   buf_add(&b, "", 0);
-  for (;;) {
-    const char *from = r->at;
-    while (r->at < r->end && *r->at != '"' && *r->at != '\\' &&
-           (unsigned char)*r->at >= 0x20)
-      r->at++;
-    buf_add(&b, from, (size_t)(r->at - from));
-    if (r->at == r->end) json_fail(r, "the text ends inside a string");
-    if (*r->at == '"') break;
-    if (*r->at != '\\')
-      json_fail(r, "raw control character in a string; \\n, \\t or \\u00XX "
-                   "would be right");
-    r->at++;
-    json_escape(r, &b);
+  uint32_t high = 0;
+  for (size_t half_end = SIZE_MAX; *r->at != '"';) {
+    if ((unsigned char)*r->at < 0x20)
+      json_fail(r, "raw control character or the text's end inside a string; "
+                   "\\n, \\t, \\u00XX or a quote would be right");
+    if (*r->at != '\\') {
+      buf_char(&b, *r->at++);
+    } else if ((known = memchr(from, r->at[1], 8)) != NULL) {
+      buf_char(&b, to[known - from]);
+      r->at += 2;
+    } else {
+      uint32_t code = json_take_code(r);
+      if (b.n == half_end && code >= 0xdc00 && code < 0xe000) {
+        b.n -= 3;
+        code = 0x10000 + ((high - 0xd800) << 10) + (code - 0xdc00);
+      }
+      buf_utf8(&b, code >= 0xd800 && code < 0xe000 ? 0xfffd : code);
+      high = code;
+      half_end = code >= 0xd800 && code < 0xdc00 ? b.n : SIZE_MAX;
+    }
   }
   r->at++;
   *length = b.n;
   return b.s;
 }
 
-static Json *json_value(JsonReader *r, int depth);
-
-/* The list of an array or object up to its closing byte. */
-static Json *json_list(JsonReader *r, int depth, char close) {
-  Json *first = NULL, **last = &first;
+/* Any value; those inside it are one level deeper. */
+static Json *json_value(JsonReader *r, int depth) {
+  static const char *const word[] = {"null", "false", "true"};
+  Json *v = mem_new(1, sizeof *v), **last = &v->child;
+  size_t n;
+  json_blanks(r);
+  v->line = r->line;
+  v->path = r->path;
+  v->kind = JSON_NUMBER;
+  if (json_take_number(r, &v->number)) return v;
+  for (v->kind = JSON_NULL; v->kind <= JSON_TRUE; v->kind++)
+    if (!strncmp(r->at, word[v->kind], n = strlen(word[v->kind]))) {
+      r->at += n;
+      return v;
+    }
+  if (json_next(r, '"')) {
+    v->kind = JSON_STRING;
+    v->string = json_take_string(r, &v->length);
+    return v;
+  }
+  v->kind = json_next(r, '[') ? JSON_ARRAY : JSON_OBJECT;
+  if (v->kind == JSON_OBJECT && !json_next(r, '{'))
+    json_fail(r, "a value should come here: \"text\", a number, true, false, "
+                 "null, [ or {");
   if (depth >= 64) json_fail(r, "nested deeper than 64 levels");
-  if (json_next(r, close)) return NULL;
+  char close = v->kind == JSON_ARRAY ? ']' : '}', *key = NULL;
+  if (json_next(r, close)) return v;
   do {
-    char *key = NULL;
-    size_t n = 0;
-    if (close == '}') {
+    if (v->kind == JSON_OBJECT) {
       if (!json_next(r, '"')) json_fail(r, "a key in quotes should come here");
-      key = json_characters(r, &n);
+      key = json_take_string(r, &n);
       if (strlen(key) != n) json_fail(r, "a key cannot hold \\u0000");
       if (!json_next(r, ':')) json_fail(r, "a colon should come here");
     }
@@ -1049,49 +1045,14 @@ static Json *json_list(JsonReader *r, int depth, char close) {
   if (!json_next(r, close))
     json_fail(r, close == '}' ? "a comma or } should come here"
                               : "a comma or ] should come here");
-  return first;
-}
-
-/* Any value. */
-static Json *json_value(JsonReader *r, int depth) {
-  static const char *const word[] = {"null", "false", "true"};
-  Json *v = mem_new(1, sizeof *v);
-  json_blanks(r);
-  v->line = r->line;
-  v->path = r->path;
-  for (int i = 0; i < 3; i++) {
-    size_t n = strlen(word[i]);
-    if ((size_t)(r->end - r->at) < n || memcmp(r->at, word[i], n)) continue;
-    r->at += n;
-    v->kind = i == 0 ? JSON_NULL : i == 1 ? JSON_FALSE : JSON_TRUE;
-    return v;
-  }
-  if (json_next(r, '"')) {
-    v->kind = JSON_STRING;
-    v->string = json_characters(r, &v->length);
-  } else if (json_next(r, '[')) {
-    v->kind = JSON_ARRAY;
-    v->child = json_list(r, depth, ']');
-  } else if (json_next(r, '{')) {
-    v->kind = JSON_OBJECT;
-    v->child = json_list(r, depth, '}');
-  } else {
-    const char *end = scan_number(r->at, r->end, &v->number);
-    if (!end)
-      json_fail(r, "a value should come here: \"text\", a number, true, false, "
-                   "null, [ or {");
-    if (v->number > DBL_MAX || v->number < -DBL_MAX)
-      json_fail(r, "this number is too large");
-    v->kind = JSON_NUMBER;
-    r->at = end;
-  }
   return v;
 }
 
-/* The one value that text holds; first_line is the line where it starts. */
+/* The one value that text holds; text[n] must be 0 or a line end. Its first
+ * line is first_line of path, which must stay as long as the value. */
 static Json *json_parse(const char *text, size_t n, const char *path,
                         size_t first_line) {
-  JsonReader r = {text, text + n, text, copy_string(path), first_line};
+  JsonReader r = {text, text + n, text, path, first_line};
   if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) r.at += 3;
   Json *v = json_value(&r, 0);
   json_blanks(&r);
@@ -1099,13 +1060,25 @@ static Json *json_parse(const char *text, size_t n, const char *path,
   return v;
 }
 
-/* A file that holds one value. */
+/* A file that holds one value; path must stay as long as the value. */
 static Json *json_read(const char *path) {
   size_t n;
   char *text = read_file(path, &n);
   Json *v = json_parse(text, n, path, 1);
   free(text);
   return v;
+}
+
+/* Frees a value and those after it in its list. */
+static void json_free(Json *v) {
+  while (v) {
+    Json *next = v->next;
+    json_free(v->child); /* goes as deep as the nesting */
+    free(v->string);
+    free(v->key);
+    free(v);
+    v = next;
+  }
 }
 
 /* The member of that name, or NULL; of several the last. */
@@ -1118,9 +1091,8 @@ static Json *json_get(const Json *object, const char *key) {
 }
 
 /* A member that is a number; otherwise stands for one that is absent. */
-static double json_number(const Json *object, const char *key,
-                          double otherwise) {
-  const Json *v = json_get(object, key);
+static double json_number(const Json *in, const char *key, double otherwise) {
+  const Json *v = json_get(in, key);
   if (v && v->kind != JSON_NUMBER)
     tbr_fail("%s:%zu: \"%s\" should be a number", v->path, v->line, key);
   return v ? v->number : otherwise;
@@ -1136,44 +1108,25 @@ static const char *json_string(const Json *object, const char *key,
   return v ? v->string : otherwise;
 }
 
-/* Frees a list of values; recursion goes as deep as the nesting. */
-static void json_free_list(Json *v) {
-  while (v) {
-    Json *next = v->next;
-    json_free_list(v->child);
-    free(v->string);
-    free(v->key);
-    free(v);
-    v = next;
-  }
-}
-
-/* Frees what json_parse returned. */
-static void json_free(Json *root) {
-  char *path = root ? (char *)root->path : NULL;
-  json_free_list(root);
-  free(path);
+/* The whole number that v, found in `in`, must be; most is at most 2^53. */
+static uint64_t json_whole(const Json *in, const Json *v, double most) {
+  double x = v && v->kind == JSON_NUMBER ? v->number : -1;
+  if (!(x >= 0 && x <= most) || (double)(uint64_t)x != x)
+    tbr_fail("%s:%zu: \"%s\" should have whole numbers from 0 to %.0f",
+             in->path, in->line, in->key ? in->key : "id", most);
+  return (uint64_t)x;
 }
 
 /* Adds a JSON string literal. A byte that isn't UTF-8 becomes U+FFFD. */
 static void json_quote(Buf *b, const char *bytes, size_t n) {
   buf_char(b, '"');
-  for (size_t i = 0, step; i < n; i += step) {
+  for (size_t i = 0, step; i < n; i += step + !step) {
     uint32_t code = 0xfffd;
     step = utf8_decode(bytes + i, n - i, &code);
-    if (step == 0) {
-      step = 1;
-      buf_utf8(b, code);
-    } else if (code == '"' || code == '\\') {
-      buf_char(b, '\\');
-      buf_char(b, (int)code);
-    } else if (code == '\n') {
-      buf_str(b, "\\n");
-    } else if (code < 0x20) {
-      buf_printf(b, "\\u%04x", (unsigned)code);
-    } else {
-      buf_add(b, bytes + i, step);
-    }
+    if (code == '"' || code == '\\') buf_printf(b, "\\%c", (int)code);
+    else if (code == '\n') buf_str(b, "\\n");
+    else if (code < 0x20) buf_printf(b, "\\u%04x", (unsigned)code);
+    else buf_utf8(b, code);
   }
   buf_char(b, '"');
 }
@@ -1186,61 +1139,43 @@ typedef struct {
   char *text;   /* what the cells point into */
 } Csv;
 
-typedef struct {
-  char *at, *to; /* what is read next; where the cell's bytes go */
-  const char *path;
-  size_t line;
-} CsvReader;
-
-/* Reads a cell in place; returns what ended it: a comma, a line end or 0. */
-static char csv_cell(CsvReader *r) {
-  size_t line = r->line;
-  if (*r->at == '"') {
-    for (r->at++; *r->at != '"' || r->at[1] == '"'; *r->to++ = *r->at++) {
-      if (!*r->at) tbr_fail("%s:%zu: the quote that opens here is never closed",
-                            r->path, line);
-      r->at += *r->at == '"';
-      r->line += *r->at == '\n' || (*r->at == '\r' && r->at[1] != '\n');
-    }
-    r->at++;
-    if (*r->at && !strchr(",\r\n", *r->at))
-      tbr_fail("%s:%zu: after a closing quote a comma or the line's end should "
-               "come; a quote inside a quoted cell is doubled", r->path,
-               r->line);
-  }
-  for (; *r->at && !strchr(",\r\n", *r->at); *r->to++ = *r->at++)
-    if (*r->at == '"')
-      tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
-               "quotes and this one doubled", r->path, line);
-  char end = *r->at;
-  if (end) r->at++;
-  if (end == '\r' && *r->at == '\n') r->at++;
-  if (end == '\r' || end == '\n') r->line++;
-  *r->to++ = 0; /* never ahead of what was read */
-  return end;
-}
-
-/* Reads a whole file. Empty lines are skipped, ragged rows are errors. */
+/* Reads a whole file, its cells in place. Empty lines are skipped, ragged
+ * rows are errors. */
 static Csv csv_read(const char *path) {
   Csv csv = {0};
-  size_t n, cells = 0, cell_cap = 0, line_cap = 0;
-  csv.text = read_file(path, &n);
-  if (strlen(csv.text) != n)
+  size_t n, cells = 0, cell_cap = 0, line_cap = 0, line = 1;
+  char *at = csv.text = read_file(path, &n), end = '\n';
+  if (strlen(at) != n)
     tbr_fail("%s: holds a zero byte at offset %zu; CSV is text", path,
-             strlen(csv.text));
-  CsvReader r = {csv.text, csv.text, path, 1};
-  if (!strncmp(csv.text, "\xef\xbb\xbf", 3)) r.at += 3;
-  for (char end = '\n'; end;) {
-    for (; *r.at == '\n' || *r.at == '\r'; r.at++)
-      r.line += *r.at == '\n' || r.at[1] != '\n';
-    if (!*r.at) break;
+             strlen(at));
+  if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
+  for (char *to = at; end;) {
+    for (; *at == '\n' || *at == '\r'; at++) line += *at == '\n';
+    if (!*at) break;
     csv.line = mem_grow(csv.line, &line_cap, csv.rows + 1, sizeof *csv.line);
-    csv.line[csv.rows] = r.line;
+    csv.line[csv.rows] = line;
     size_t before = cells;
     do {
+      size_t first = line;
+      int quoted = *at == '"';
       csv.cell = mem_grow(csv.cell, &cell_cap, cells + 1, sizeof *csv.cell);
-      csv.cell[cells++] = r.to;
-      end = csv_cell(&r);
+      csv.cell[cells++] = to;
+      at += quoted;
+      while (quoted ? *at != '"' || *++at == '"' : !strchr(",\r\n", *at)) {
+        if (quoted ? !*at : *at == '"')
+          tbr_fail("%s:%zu: %s", path, first, quoted
+                   ? "the quote that opens here is never closed"
+                   : "quote inside a cell; the whole cell should be in quotes "
+                     "and this one doubled");
+        line += *at == '\n';
+        *to++ = *at++;
+      }
+      if (!strchr(",\r\n", end = *at)) /* which finds the final 0 as well */
+        tbr_fail("%s:%zu: after a closing quote a comma or the line's end "
+                 "should come; a quote inside is doubled", path, line);
+      at += end != 0;
+      line += end == '\n';
+      *to++ = 0; /* never ahead of what was read */
     } while (end == ',');
     if (!csv.rows++) csv.columns = cells;
     if (cells - before != csv.columns)
@@ -1260,36 +1195,31 @@ static size_t csv_column(const Csv *csv, const char *name) {
 
 /* Adds a cell, in quotes where it needs them. */
 static void csv_quote(Buf *b, const char *cell) {
-  if (!strpbrk(cell, ",\"\r\n")) {
-    buf_str(b, cell);
-    return;
-  }
-  buf_char(b, '"');
+  const char *quote = strpbrk(cell, ",\"\r\n") ? "\"" : "";
+  buf_str(b, quote);
   for (; *cell; cell++) {
     if (*cell == '"') buf_char(b, '"');
     buf_char(b, *cell);
   }
-  buf_char(b, '"');
+  buf_str(b, quote);
 }
 
 static void csv_free(Csv *csv) {
   free(csv->cell);
   free(csv->line);
   free(csv->text);
-  *csv = (Csv){0};
 }
 
 /* Where a tensor of a safetensors file is and what it is. */
 typedef struct {
-  char *name;
-  char dtype[8];
-  size_t dim[4], n_dim, count;
-  uint64_t begin, end; /* offsets in the data part */
+  const char *name, *dtype; /* inside the header */
+  size_t dim[4], n_dim, count, size; /* numbers in it, bytes of each */
+  uint64_t begin, end;               /* offsets in the data part */
 } StEntry;
 
 /* An open file; entry is in the order of the data. */
 typedef struct {
-  char *path;
+  const char *path; /* must stay until st_close */
   FILE *file;
   uint64_t data_at;
   size_t n;
@@ -1304,110 +1234,81 @@ typedef struct {
   const real *data;
 } StOut;
 
-enum { ST_BLOCK = 4096 }; /* numbers converted at a time */
-
+/* The number that n bytes stand for, the lowest first. */
 static uint64_t little_endian(const unsigned char *b, size_t n) {
   uint64_t u = 0;
   while (n--) u = u << 8 | b[n];
   return u;
 }
 
-/* Bytes per number of a type that safetensors knows, 0 for any other. */
-static size_t dtype_size(const char *dtype) {
-  static const struct {
-    const char *name;
-    size_t size;
-  } known[] = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
-               {"I32", 4}, {"I16", 2}, {"I8", 1}, {"U64", 8}, {"U32", 4},
-               {"U16", 2}, {"U8", 1}, {"BOOL", 1}, {"F8_E5M2", 1},
-               {"F8_E4M3", 1}};
-  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-    if (!strcmp(known[i].name, dtype)) return known[i].size;
-  return 0;
+/* Writes the low n bytes of a number, the lowest first. */
+static void out_little_endian(Out *o, uint64_t u, size_t n) {
+  unsigned char b[8];
+  for (size_t i = 0; i < 8; i++) b[i] = (unsigned char)(u >> 8 * i);
+  out_write(o, b, n);
 }
 
-/* A value that must be a whole number; name and what are for the message. */
-static uint64_t st_whole(const Json *v, const char *name, const char *what) {
-  if (!v || v->kind != JSON_NUMBER || !(v->number >= 0) ||
-      v->number > 9007199254740992.0 ||
-      (double)(uint64_t)v->number < v->number)
-    tbr_fail("%s: tensor \"%s\": %s should be whole numbers", v ? v->path : "",
-             name, what);
-  return (uint64_t)v->number;
+/* Bytes per number of a type, 0 if unknown: its name says how many bits. */
+static size_t dtype_size(const char *dtype) {
+  if (!strcmp(dtype, "BOOL")) return 1;
+  unsigned long bits = strtoul(dtype + strcspn(dtype, "0123456789"), NULL, 10);
+  return bits == 8 || bits == 16 || bits == 32 || bits == 64 ? bits / 8 : 0;
 }
 
 /* Reads one member of the header and checks shape, type and extent. */
-static void st_entry(const Json *v, StEntry *e) {
+static StEntry st_entry(const Json *v) {
   const Json *shape = json_get(v, "shape"), *at = json_get(v, "data_offsets");
-  const char *dtype = json_string(v, "dtype", "");
-  size_t size = dtype_size(dtype);
-  if (!size)
-    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"", v->path, v->key,
-             dtype);
-  if (!shape || shape->kind != JSON_ARRAY || !at || at->kind != JSON_ARRAY ||
-      !at->child || !at->child->next || at->child->next->next)
-    tbr_fail("%s: tensor \"%s\" should have a \"shape\": [...] and "
-             "\"data_offsets\": [begin, end]", v->path, v->key);
-  memcpy(e->dtype, dtype, strlen(dtype) + 1);
-  e->count = 1;
-  for (const Json *d = shape->child; d; d = d->next) {
-    uint64_t dim = st_whole(d, v->key, "dimensions");
-    if (e->n_dim == 4)
-      tbr_fail("%s: tensor \"%s\" has more than 4 dimensions", v->path, v->key);
-    if (dim && e->count > SIZE_MAX / 8 / dim)
-      tbr_fail("%s: tensor \"%s\" is too large for this platform", v->path,
-               v->key);
-    e->dim[e->n_dim++] = (size_t)dim;
-    e->count *= (size_t)dim;
+  const Json *begin = at ? at->child : NULL;
+  const double most = 9007199254740992.0; /* 2^53 */
+  StEntry e = {.name = v->key, .dtype = json_string(v, "dtype", ""),
+               .count = 1};
+  e.size = dtype_size(e.dtype);
+  if (!e.size)
+    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"", v->path, e.name,
+             e.dtype);
+  for (const Json *d = shape ? shape->child : NULL; d; d = d->next) {
+    uint64_t dim = json_whole(v, d, most);
+    if (e.n_dim == 4 || (dim && e.count > SIZE_MAX / 8 / dim))
+      tbr_fail("%s: tensor \"%s\" is too large for this platform or has more "
+               "than 4 dimensions", v->path, e.name);
+    e.dim[e.n_dim++] = (size_t)dim;
+    e.count *= (size_t)dim;
   }
-  e->begin = st_whole(at->child, v->key, "offsets");
-  e->end = st_whole(at->child->next, v->key, "offsets");
-  if (e->end < e->begin || e->end - e->begin != (uint64_t)e->count * size)
-    tbr_fail("%s: tensor \"%s\" lies at %.0f..%.0f, but its shape and dtype "
-             "need %zu bytes", v->path, v->key, (double)e->begin,
-             (double)e->end, e->count * size);
-  e->name = copy_string(v->key);
+  e.begin = json_whole(v, begin, most);
+  e.end = json_whole(v, begin ? begin->next : NULL, most);
+  if (!shape || shape->kind != JSON_ARRAY || e.end < e.begin ||
+      e.end - e.begin != (uint64_t)e.count * e.size)
+    tbr_fail("%s: tensor \"%s\" should have a \"shape\" and \"data_offsets\" "
+             "that agree; its numbers need %zu bytes and lie at %.0f..%.0f",
+             v->path, e.name, e.count * e.size, (double)e.begin,
+             (double)e.end);
+  return e;
 }
 
+/* For qsort: the order in which tensors lie in the file. */
 static int st_order(const void *a, const void *b) {
   const StEntry *x = a, *y = b;
-  if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
-  if (x->end != y->end) return x->end < y->end ? -1 : 1;
-  return strcmp(x->name, y->name);
+  uint64_t p = x->begin + x->end, q = y->begin + y->end;
+  return p != q ? (p < q ? -1 : 1) : strcmp(x->name, y->name);
 }
 
-/* The tensors must fill the data part without holes or overlap. */
-static void st_check(const SafeTensors *st, uint64_t data) {
-  uint64_t at = 0;
-  for (size_t i = 0; i < st->n; i++) {
-    if (st->entry[i].begin != at)
-      tbr_fail("%s: tensor \"%s\" begins at %.0f; the one before ends at %.0f",
-               st->path, st->entry[i].name, (double)st->entry[i].begin,
-               (double)at);
-    at = st->entry[i].end;
-  }
-  if (at != data)
-    tbr_fail("%s: the tensors need %.0f bytes, %.0f are there%s", st->path,
-             (double)at, (double)data,
-             data < at ? " (is the file truncated?)" : "");
-}
-
-/* Opens a file and checks its header against itself and the file's size. */
+/* Opens a file and checks its header: the tensors that it tells of must fill
+ * the rest of the file without holes or overlap. */
 static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
   unsigned char length[8];
-  st->path = copy_string(path);
+  st->path = path;
   st->file = open_file(path);
   read_exact(st->file, path, length, 8, "the header's length");
-  uint64_t n = little_endian(length, 8);
-  off_t size = fseeko(st->file, 0, SEEK_END) ? -1 : ftello(st->file);
-  if (size < 8) tbr_fail("%s: its size cannot be found", path);
-  if (n > (uint64_t)size - 8 || n > 100000000)
+  uint64_t n = little_endian(length, 8), at = 0;
+  uint64_t data = file_length(st->file, path) - 8;
+  if (n > data || n > 100000000)
     tbr_fail("%s: its header should be %.0f bytes long; at most %.0f and a "
              "hundred million can be (is this a safetensors file?)", path,
-             (double)n, (double)size - 8);
-  char *text = mem_raw((size_t)n, 1);
-  if (fseeko(st->file, 8, SEEK_SET)) tbr_fail("%s: cannot be read", path);
+             (double)n, (double)data);
+  st->data_at = 8 + n;
+  data -= n;
+  char *text = mem_new((size_t)n + 1, 1);
   read_exact(st->file, path, text, (size_t)n, "the header");
   st->header = json_parse(text, (size_t)n, path, 1);
   free(text);
@@ -1417,13 +1318,25 @@ static SafeTensors *st_open(const char *path) {
   for (const Json *v = st->header->child; v; v = v->next) {
     if (!strcmp(v->key, "__metadata__")) continue;
     st->entry = mem_grow(st->entry, &cap, st->n + 1, sizeof *st->entry);
-    memset(&st->entry[st->n], 0, sizeof *st->entry);
-    st_entry(v, &st->entry[st->n++]);
+    st->entry[st->n++] = st_entry(v);
   }
   if (st->n) qsort(st->entry, st->n, sizeof *st->entry, st_order);
-  st->data_at = 8 + n;
-  st_check(st, (uint64_t)size - st->data_at);
+  for (const StEntry *e = st->entry; e < st->entry + st->n; at = e++->end)
+    if (e->begin != at)
+      tbr_fail("%s: tensor \"%s\" begins at %.0f; the one before ends at %.0f",
+               path, e->name, (double)e->begin, (double)at);
+  if (at != data)
+    tbr_fail("%s: the tensors need %.0f bytes, %.0f are there%s", path,
+             (double)at, (double)data,
+             data < at ? " (is the file truncated?)" : "");
   return st;
+}
+
+static void st_close(SafeTensors *st) {
+  free(st->entry);
+  json_free(st->header);
+  fclose(st->file);
+  free(st);
 }
 
 /* The tensor of that name, or NULL. */
@@ -1433,54 +1346,42 @@ static const StEntry *st_find(const SafeTensors *st, const char *name) {
   return NULL;
 }
 
-/* The number that a half-precision float's bits stand for. */
-static float half_float(uint32_t u) {
-  uint32_t sign = (u & 0x8000u) << 16, rest = u & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_float(sign | 0x7f800000u | rest << 13);
-  /* shifted into place its exponent is 2^112 too small; the product is exact */
-  return bits_float(sign | rest << 13) * 5.192296858534828e33f;
-}
-
-/* Reads a tensor of floats of any width. */
-static void st_read(SafeTensors *st, const StEntry *e, real *to) {
-  unsigned char block[ST_BLOCK * 8];
-  size_t size = dtype_size(e->dtype);
-  if (!strchr("FB", e->dtype[0]) || size < 2)
-    tbr_fail("%s: tensor \"%s\" is %s; F64, F32, F16 or BF16 would be right",
-             st->path, e->name, e->dtype);
-  if (fseeko(st->file, (off_t)(st->data_at + e->begin), SEEK_SET))
-    tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
-  for (size_t done = 0, n; done < e->count; done += n) {
-    n = e->count - done < ST_BLOCK ? e->count - done : ST_BLOCK;
-    read_exact(st->file, st->path, block, n * size, e->name);
-    for (size_t i = 0; i < n; i++) {
-      uint64_t u = little_endian(block + i * size, size);
-      to[done + i] = size == 8 ? (real)bits_double(u)
-                   : size == 4 ? bits_float((uint32_t)u)
-                   : e->dtype[0] == 'B' ? bits_float((uint32_t)u << 16)
-                                        : half_float((uint32_t)u);
-    }
-  }
-}
-
 /* What the file says about itself under that key, or NULL. */
 static const char *st_metadata(const SafeTensors *st, const char *key) {
   return json_string(json_get(st->header, "__metadata__"), key, NULL);
 }
 
-static void st_close(SafeTensors *st) {
-  for (size_t i = 0; i < st->n; i++) free(st->entry[i].name);
-  free(st->entry);
-  json_free(st->header);
-  fclose(st->file);
-  free(st->path);
-  free(st);
+/* The number that a half-precision float's bits stand for. */
+static float half_float(uint32_t u) {
+  uint32_t sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
+  if (rest >= 0x7c00u << 13) return bits_float(sign | 0x7f800000u | rest);
+  /* shifted into place its exponent is 2^112 too small; the product is exact */
+  return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* The header of st_write, padded so that the data is aligned. */
-static Buf st_header(const char *const (*metadata)[2], size_t n_metadata,
-                     const StOut *tensors, size_t n) {
+/* Reads a tensor of floats of any width. */
+static void st_read(SafeTensors *st, const StEntry *e, real *to) {
+  unsigned char b[8];
+  if (!strchr("FB", e->dtype[0]) || e->size < 2)
+    tbr_fail("%s: tensor \"%s\" is %s; F64, F32, F16 or BF16 would be right",
+             st->path, e->name, e->dtype);
+  if (fseeko(st->file, (off_t)(st->data_at + e->begin), SEEK_SET))
+    tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
+  for (size_t i = 0; i < e->count; i++) {
+    read_exact(st->file, st->path, b, e->size, e->name);
+    uint64_t u = little_endian(b, e->size);
+    to[i] = e->size == 8 ? (real)bits_double(u)
+          : e->size == 4 ? bits_float((uint32_t)u)
+          : e->dtype[0] == 'B' ? bits_float((uint32_t)u << 16)
+                               : half_float((uint32_t)u);
+  }
+}
+
+/* Writes tensors as F32, in the order given, and pairs of metadata. */
+static void st_write(const char *path, const char *const (*metadata)[2],
+                     size_t n_metadata, const StOut *tensors, size_t n) {
   Buf b = {0};
+  size_t *count = mem_new(n, sizeof *count);
   uint64_t at = 0;
   buf_str(&b, "{\"__metadata__\":{");
   for (size_t i = 0; i < n_metadata; i++) {
@@ -1489,50 +1390,29 @@ static Buf st_header(const char *const (*metadata)[2], size_t n_metadata,
     buf_char(&b, ':');
     json_quote(&b, metadata[i][1], strlen(metadata[i][1]));
   }
-  buf_char(&b, '}');
   for (size_t i = 0; i < n; i++) {
-    uint64_t count = 1;
-    buf_char(&b, ',');
-    json_quote(&b, tensors[i].name, strlen(tensors[i].name));
+    const StOut *t = &tensors[i];
+    buf_str(&b, i ? "," : "},");
+    json_quote(&b, t->name, strlen(t->name));
     buf_str(&b, ":{\"dtype\":\"F32\",\"shape\":[");
-    for (size_t d = 0; d < tensors[i].n_dim; d++) {
-      buf_printf(&b, "%s%zu", d ? "," : "", tensors[i].dim[d]);
-      count *= tensors[i].dim[d];
-    }
+    count[i] = 1;
+    for (size_t d = 0; d < t->n_dim; count[i] *= t->dim[d++])
+      buf_printf(&b, "%s%zu", d ? "," : "", t->dim[d]);
     buf_printf(&b, "],\"data_offsets\":[%.0f,%.0f]}", (double)at,
-               (double)(at + 4 * count));
-    at += 4 * count;
+               (double)(at + 4 * (uint64_t)count[i]));
+    at += 4 * (uint64_t)count[i];
   }
-  buf_char(&b, '}');
-  while (b.n % 8) buf_char(&b, ' ');
-  return b;
-}
-
-/* Writes tensors as F32, in the order given, and pairs of metadata. */
-static void st_write(const char *path, const char *const (*metadata)[2],
-                     size_t n_metadata, const StOut *tensors, size_t n) {
-  unsigned char block[ST_BLOCK * 4];
-  Buf header = st_header(metadata, n_metadata, tensors, n);
+  buf_str(&b, n ? "}" : "}}");
+  while (b.n % 8) buf_char(&b, ' '); /* so that the data is aligned */
   Out *o = out_open(path);
-  for (size_t i = 0; i < 8; i++)
-    block[i] = (unsigned char)((uint64_t)header.n >> 8 * i);
-  out_write(o, block, 8);
-  out_write(o, header.s, header.n);
-  buf_free(&header);
-  for (size_t i = 0; i < n; i++) {
-    size_t count = 1;
-    for (size_t d = 0; d < tensors[i].n_dim; d++) count *= tensors[i].dim[d];
-    for (size_t done = 0, m; done < count; done += m) {
-      m = count - done < ST_BLOCK ? count - done : ST_BLOCK;
-      for (size_t j = 0; j < m; j++) {
-        uint32_t u = float_bits((float)tensors[i].data[done + j]);
-        for (size_t k = 0; k < 4; k++)
-          block[4 * j + k] = (unsigned char)(u >> 8 * k);
-      }
-      out_write(o, block, m * 4);
-    }
-  }
+  out_little_endian(o, b.n, 8);
+  out_write(o, b.s, b.n);
+  for (size_t i = 0; i < n; i++)
+    for (size_t j = 0; j < count[i]; j++)
+      out_little_endian(o, float_bits((float)tensors[i].data[j]), 4);
   out_close(o);
+  buf_free(&b);
+  free(count);
 }
 /* ======================================================================
  * Chapter 5: tokenizers
@@ -1549,11 +1429,14 @@ static void st_write(const char *path, const char *const (*metadata)[2],
  * cutting and normalizing; Unicode classes (what isn't ASCII is a letter).
  * ====================================================================== */
 
-typedef enum { TOKEN_TEXT, TOKEN_BYTE, TOKEN_SPECIAL } TokenKind;
+/* What tells apart strings of the same bytes: the token of a text, the byte
+ * that stands in for a part of a character, a special token. A special token
+ * is thus never found in a text. */
+enum { TEXT, BYTE, SPECIAL };
 
-/* StringTable, numbered in the order in which they came, that can be looked up. */
+/* Strings with a kind, numbered in the order in which they came. */
 typedef struct {
-  Buf bytes;
+  Buf bytes;          /* of each string, the kind and then its bytes */
   size_t *at, n, cap; /* string i is bytes at[i] .. at[i+1] */
   uint32_t *slot;     /* open addressing: number + 1, or 0 */
   size_t slots;
@@ -1567,95 +1450,92 @@ typedef struct {
 
 struct TbrTokenizer {
   int pieces;         /* SentencePiece's kind, not byte-level */
-  StringTable tokens;     /* their bytes; only TOKEN_TEXT can be looked up */
-  unsigned char *kind;
-  size_t kind_cap;
-  int32_t byte[256];  /* the token of each byte */
-  StringTable pairs;      /* the pair of each merge, as pair_find takes it */
+  StringTable tokens;
+  StringTable pairs;  /* of each merge, as pair_of */
   Merge *merge;       /* in the order of the file; pairs.n of them */
   size_t merge_cap;
 };
 
-static const char *string_at(const StringTable *s, size_t i, size_t *n) {
-  *n = s->at[i + 1] - s->at[i];
-  return s->bytes.s + s->at[i];
+static const char *string_at(const StringTable *t, size_t i, size_t *n) {
+  *n = t->at[i + 1] - t->at[i] - 1;
+  return t->bytes.s + t->at[i] + 1;
+}
+
+static int string_kind(const StringTable *t, size_t i) {
+  return t->bytes.s[t->at[i]];
 }
 
 /* The slot where a string is, or would be. */
-static size_t strings_slot(const StringTable *s, const char *bytes, size_t n) {
-  size_t i = (size_t)hash_bytes(HASH_START, bytes, n) & (s->slots - 1), m;
-  for (; s->slot[i]; i = (i + 1) & (s->slots - 1)) {
-    const char *other = string_at(s, s->slot[i] - 1, &m);
-    if (m == n && !memcmp(other, bytes, n)) break;
+static size_t string_slot(const StringTable *t, int kind, const void *bytes,
+                          size_t n) {
+  size_t i = (size_t)hash_bytes(HASH_START + (unsigned)kind, bytes, n), m;
+  for (i &= t->slots - 1; t->slot[i]; i = (i + 1) & (t->slots - 1)) {
+    const char *other = string_at(t, t->slot[i] - 1, &m);
+    if (m == n && other[-1] == kind && !memcmp(other, bytes, n)) break;
   }
   return i;
 }
 
 /* The number of a string, or SIZE_MAX. */
-static size_t strings_find(const StringTable *s, const char *bytes, size_t n) {
-  if (!s->slots) return SIZE_MAX;
-  uint32_t found = s->slot[strings_slot(s, bytes, n)];
+static size_t string_find(const StringTable *t, int kind, const void *bytes,
+                          size_t n) {
+  uint32_t found = t->n ? t->slot[string_slot(t, kind, bytes, n)] : 0;
   return found ? found - 1 : SIZE_MAX;
 }
 
-/* Appends a string; one that shall be found must not be there yet. */
-static void strings_add(StringTable *s, const char *bytes, size_t n, int find) {
-  if (s->n >= INT32_MAX - 1) tbr_fail("more than 2147483646 strings");
-  s->at = mem_grow(s->at, &s->cap, s->n + 2, sizeof *s->at);
-  s->at[s->n] = s->bytes.n;
-  buf_add(&s->bytes, bytes, n);
-  s->at[++s->n] = s->bytes.n;
-  if (s->n * 2 > s->slots) {
-    size_t old = s->slots, m;
-    uint32_t *before = s->slot;
-    s->slots = old ? old * 2 : 64;
-    s->slot = mem_new(s->slots, sizeof *s->slot);
-    for (size_t i = 0; i < old; i++) {
-      if (!before[i]) continue;
-      const char *b = string_at(s, before[i] - 1, &m);
-      s->slot[strings_slot(s, b, m)] = before[i];
+/* The number of a string, which is added if it isn't there. */
+static size_t string_add(StringTable *t, int kind, const void *bytes,
+                         size_t n) {
+  size_t found = string_find(t, kind, bytes, n), m;
+  if (found != SIZE_MAX) return found;
+  if (t->n >= INT32_MAX - 1) tbr_fail("more than 2147483646 strings");
+  t->at = mem_grow(t->at, &t->cap, t->n + 2, sizeof *t->at);
+  t->at[t->n] = t->bytes.n;
+  buf_char(&t->bytes, kind);
+  buf_add(&t->bytes, bytes, n);
+  t->at[t->n + 1] = t->bytes.n;
+  if (t->n * 2 >= t->slots) {
+    free(t->slot);
+    t->slots = t->slots ? t->slots * 2 : 64;
+    t->slot = mem_new(t->slots, sizeof *t->slot);
+    for (size_t i = 0; i < t->n; i++) {
+      const char *s = string_at(t, i, &m);
+      t->slot[string_slot(t, string_kind(t, i), s, m)] = (uint32_t)i + 1;
     }
-    free(before);
   }
-  if (find) s->slot[strings_slot(s, bytes, n)] = (uint32_t)s->n;
+  t->slot[string_slot(t, kind, bytes, n)] = (uint32_t)t->n + 1;
+  return t->n++;
 }
 
-static void strings_free(StringTable *s) {
-  buf_free(&s->bytes);
-  free(s->at);
-  free(s->slot);
+static void strings_free(StringTable *t) {
+  buf_free(&t->bytes);
+  free(t->at);
+  free(t->slot);
 }
 
-/* The number of a pair in a list of pairs, which are strings of 8 bytes. */
-static size_t pair_find(const StringTable *s, int32_t left, int32_t right) {
-  int32_t pair[2] = {left, right};
-  return strings_find(s, (const char *)pair, sizeof pair);
+/* A pair as one number, under whose bytes tables of pairs have it. */
+static uint64_t pair_of(int32_t left, int32_t right) {
+  return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
 }
 
-static void pair_add(StringTable *s, int32_t left, int32_t right) {
-  int32_t pair[2] = {left, right};
-  strings_add(s, (const char *)pair, sizeof pair, 1);
-}
-
-/* Appends a token. */
-static void token_add(TbrTokenizer *t, const char *bytes, size_t n,
-                      TokenKind kind) {
+/* Appends a token, which must be new; path is for the message. */
+static void token_add(TbrTokenizer *t, int kind, const char *bytes, size_t n,
+                      const char *path) {
   size_t id = t->tokens.n;
-  t->kind = mem_grow(t->kind, &t->kind_cap, id + 1, 1);
-  t->kind[id] = (unsigned char)kind;
-  strings_add(&t->tokens, bytes, n, kind == TOKEN_TEXT);
-  if (n == 1 && kind == (t->pieces ? TOKEN_BYTE : TOKEN_TEXT))
-    t->byte[(unsigned char)*bytes] = (int32_t)id;
+  if (string_add(&t->tokens, kind, bytes, n) != id)
+    tbr_fail("%s: token %zu, \"%.*s\", is there twice", path, id,
+             n > 300 ? 300 : (int)n, bytes);
 }
 
 /* Appends a merge; of a pair that comes twice the first counts. */
 static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id,
                       size_t rank) {
   Merge m = {(int32_t)left, (int32_t)right, (int32_t)id, (uint32_t)rank};
-  if (pair_find(&t->pairs, m.left, m.right) != SIZE_MAX) return;
-  t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n + 1, sizeof m);
-  t->merge[t->pairs.n] = m;
-  pair_add(&t->pairs, m.left, m.right);
+  uint64_t pair = pair_of(m.left, m.right);
+  size_t i = t->pairs.n;
+  if (string_add(&t->pairs, 0, &pair, sizeof pair) != i) return;
+  t->merge = mem_grow(t->merge, &t->merge_cap, i + 1, sizeof m);
+  t->merge[i] = m;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->tokens.n; }
@@ -1670,16 +1550,12 @@ const char *tbr_token(const TbrTokenizer *t, int32_t id, size_t *n) {
 int tbr_token_special(const TbrTokenizer *t, int32_t id) {
   size_t n;
   tbr_token(t, id, &n);
-  return t->kind[id] == TOKEN_SPECIAL;
+  return string_kind(&t->tokens, (size_t)id) == SPECIAL;
 }
 
 int32_t tbr_special(const TbrTokenizer *t, const char *name) {
-  size_t n;
-  for (size_t i = 0; i < t->tokens.n; i++) {
-    const char *s = string_at(&t->tokens, i, &n);
-    if (t->kind[i] == TOKEN_SPECIAL && n == strlen(name) && !memcmp(s, name, n))
-      return (int32_t)i;
-  }
+  size_t id = string_find(&t->tokens, SPECIAL, name, strlen(name));
+  if (id != SIZE_MAX) return (int32_t)id;
   if (!strcmp(name, "<|bos|>")) return tbr_special(t, "<s>");
   if (!strcmp(name, "<|eos|>")) return tbr_special(t, "</s>");
   return -1;
@@ -1687,24 +1563,15 @@ int32_t tbr_special(const TbrTokenizer *t, const char *name) {
 
 void tbr_tokenizer_add_special(TbrTokenizer *t, const char *name) {
   if (tbr_special(t, name) >= 0 ||
-      strings_find(&t->tokens, name, strlen(name)) != SIZE_MAX)
+      string_find(&t->tokens, TEXT, name, strlen(name)) != SIZE_MAX)
     tbr_fail("\"%s\" is a token already", name);
-  token_add(t, name, strlen(name), TOKEN_SPECIAL);
-}
-
-/* An empty tokenizer. */
-static TbrTokenizer *tokenizer_new(int pieces) {
-  TbrTokenizer *t = mem_new(1, sizeof *t);
-  t->pieces = pieces;
-  for (size_t i = 0; i < 256; i++) t->byte[i] = -1;
-  return t;
+  string_add(&t->tokens, SPECIAL, name, strlen(name));
 }
 
 void tbr_tokenizer_free(TbrTokenizer *t) {
   if (!t) return;
   strings_free(&t->tokens);
   strings_free(&t->pairs);
-  free(t->kind);
   free(t->merge);
   free(t);
 }
@@ -1737,54 +1604,48 @@ static size_t word_length(const char *s, size_t n) {
 
 /* ---- encoding ---- */
 
-/* A symbol of the word being merged; dead ones have id -1. */
 typedef struct {
   int32_t id;
-  size_t before, after; /* SIZE_MAX at the ends */
+  size_t before, after;
 } Symbol;
 
-/* A merge that could be done at a place. */
-typedef struct {
-  const Merge *merge;
-  size_t at;
-} Chance;
-
-/* The word's symbols and a heap of chances, the best on top. */
+/* The symbols of the word being merged, in a ring; symbol 0 is both ends of
+ * it, and has no token. And a heap of merges that could be done: the rank in
+ * the upper half, the left symbol in the lower, the lowest on top. */
 typedef struct {
   const TbrTokenizer *t;
   Symbol *symbol;
-  Chance *heap;
-  size_t n, cap, chances, heap_cap;
+  uint64_t *heap;
+  size_t symbols, symbol_cap, chances, heap_cap;
 } Merger;
 
-static int better(const Chance *a, const Chance *b) {
-  if (a->merge->rank != b->merge->rank) return a->merge->rank < b->merge->rank;
-  return a->at < b->at;
+/* The merge of a symbol with the next, or NULL. */
+static const Merge *merge_at(const Merger *m, size_t at) {
+  const Symbol *s = &m->symbol[at];
+  uint64_t pair = pair_of(s->id, m->symbol[s->after].id);
+  size_t i = string_find(&m->t->pairs, 0, &pair, sizeof pair);
+  return i == SIZE_MAX ? NULL : &m->t->merge[i];
 }
 
-/* Puts the pair that starts at a symbol on the heap, if it can be merged. */
+/* Puts the merge of a symbol with the next on the heap, if there is one. */
 static void chance_add(Merger *m, size_t at) {
-  if (at == SIZE_MAX || m->symbol[at].after == SIZE_MAX) return;
-  size_t found = pair_find(&m->t->pairs, m->symbol[at].id,
-                           m->symbol[m->symbol[at].after].id);
-  if (found == SIZE_MAX) return;
-  Chance c = {&m->t->merge[found], at};
-  m->heap = mem_grow(m->heap, &m->heap_cap, m->chances + 1, sizeof c);
+  const Merge *merge = merge_at(m, at);
+  if (!merge) return;
+  uint64_t chance = (uint64_t)merge->rank << 32 | at;
+  m->heap = mem_grow(m->heap, &m->heap_cap, m->chances + 1, sizeof *m->heap);
   size_t i = m->chances++;
-  for (; i && better(&c, &m->heap[(i - 1) / 2]); i = (i - 1) / 2)
+  for (; i && chance < m->heap[(i - 1) / 2]; i = (i - 1) / 2)
     m->heap[i] = m->heap[(i - 1) / 2];
-  m->heap[i] = c;
+  m->heap[i] = chance;
 }
 
 /* Takes the best chance from the heap. */
-static Chance chance_take(Merger *m) {
-  Chance best = m->heap[0], last = m->heap[--m->chances];
+static uint64_t chance_take(Merger *m) {
+  uint64_t best = m->heap[0], last = m->heap[--m->chances];
   size_t i = 0, child;
   while ((child = 2 * i + 1) < m->chances) {
-    if (child + 1 < m->chances &&
-        better(&m->heap[child + 1], &m->heap[child]))
-      child++;
-    if (!better(&m->heap[child], &last)) break;
+    if (child + 1 < m->chances && m->heap[child + 1] < m->heap[child]) child++;
+    if (m->heap[child] >= last) break;
     m->heap[i] = m->heap[child];
     i = child;
   }
@@ -1792,63 +1653,62 @@ static Chance chance_take(Merger *m) {
   return best;
 }
 
-static void symbol_add(Merger *m, int32_t id) {
-  m->symbol = mem_grow(m->symbol, &m->cap, m->n + 1, sizeof *m->symbol);
-  m->symbol[m->n] = (Symbol){id, m->n - 1, SIZE_MAX};
-  if (m->n) m->symbol[m->n - 1].after = m->n;
-  m->n++;
+/* Appends a symbol; SIZE_MAX stands for none. */
+static void symbol_add(Merger *m, size_t id) {
+  size_t i = m->symbols++;
+  if (i >= UINT32_MAX) tbr_fail("a text of more than 4 GiB to be encoded");
+  m->symbol = mem_grow(m->symbol, &m->symbol_cap, i + 1, sizeof *m->symbol);
+  m->symbol[i] = (Symbol){id == SIZE_MAX ? -1 : (int32_t)id, i - 1, 0};
+  if (i) m->symbol[i - 1].after = i;
 }
 
 /* Adds a text's characters, or their bytes where they are no tokens. */
 static void symbols_add(Merger *m, const char *s, size_t n) {
+  const StringTable *tokens = &m->t->tokens;
   uint32_t code;
-  for (size_t i = 0, step; i < n; i += step) {
-    step = m->t->pieces ? utf8_decode(s + i, n - i, &code) : 1;
-    if (!step) step = 1;
-    size_t id = strings_find(&m->t->tokens, s + i, step);
-    if (id != SIZE_MAX)
-      symbol_add(m, (int32_t)id);
-    else
-      for (size_t j = i; j < i + step; j++)
-        symbol_add(m, m->t->byte[(unsigned char)s[j]]);
+  for (const char *end = s + n; s < end; s += n) {
+    n = m->t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
+    size_t id = string_find(tokens, TEXT, s, n += !n);
+    if (id != SIZE_MAX) symbol_add(m, id);
+    for (size_t i = 0; id == SIZE_MAX && i < n; i++)
+      symbol_add(m, string_find(tokens, BYTE, s + i, 1));
   }
 }
 
 /* Merges the symbols as far as they go. */
 static void merge_all(Merger *m) {
   m->chances = 0;
-  for (size_t i = 0; i < m->n; i++) chance_add(m, i);
+  for (size_t i = 1; i < m->symbols; i++) chance_add(m, i);
   while (m->chances) {
-    Chance c = chance_take(m);
-    Symbol *left = &m->symbol[c.at];
-    if (left->id != c.merge->left || left->after == SIZE_MAX ||
-        m->symbol[left->after].id != c.merge->right)
-      continue; /* another merge was faster */
-    Symbol *right = &m->symbol[left->after];
-    left->id = c.merge->id;
+    uint64_t chance = chance_take(m);
+    size_t at = (size_t)(chance & UINT32_MAX);
+    const Merge *merge = merge_at(m, at);
+    if (!merge || merge->rank != chance >> 32) continue; /* out of date */
+    Symbol *left = &m->symbol[at], *right = &m->symbol[left->after];
+    left->id = merge->id;
     right->id = -1;
     left->after = right->after;
-    if (left->after != SIZE_MAX) m->symbol[left->after].before = c.at;
+    m->symbol[left->after].before = at;
     chance_add(m, left->before);
-    chance_add(m, c.at);
+    chance_add(m, at);
   }
 }
 
 size_t tbr_encode(const TbrTokenizer *t, const char *text, size_t n,
                   int32_t **ids) {
-  Merger m = {0};
+  Merger m = {.t = t};
   size_t count = 0, cap = 0;
-  m.t = t;
   *ids = mem_grow(NULL, &cap, 1, sizeof **ids);
   for (size_t at = 0, length; at < n; at += length) {
     length = t->pieces ? n : word_length(text + at, n - at);
-    m.n = 0;
+    m.symbols = 0;
+    symbol_add(&m, SIZE_MAX);
     if (t->pieces) symbols_add(&m, " ", 1);
     symbols_add(&m, text + at, length);
     merge_all(&m);
-    *ids = mem_grow(*ids, &cap, count + m.n, sizeof **ids);
-    for (size_t i = 0; i < m.n; i++)
-      if (m.symbol[i].id >= 0) (*ids)[count++] = m.symbol[i].id;
+    *ids = mem_grow(*ids, &cap, count + m.symbols, sizeof **ids);
+    for (size_t i = m.symbol[0].after; i; i = m.symbol[i].after)
+      (*ids)[count++] = m.symbol[i].id;
   }
   free(m.symbol);
   free(m.heap);
@@ -1860,16 +1720,15 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   Buf b = {0};
   buf_add(&b, "", 0);
   int fresh = t->pieces; /* where encoding put a blank of its own */
-  for (size_t i = 0; i < count; i++) {
-    size_t length;
+  for (size_t i = 0, length; i < count; i++) {
     const char *s = tbr_token(t, ids[i], &length);
-    if (t->kind[ids[i]] == TOKEN_SPECIAL) {
+    if (tbr_token_special(t, ids[i])) {
       fresh = t->pieces;
-      continue;
+    } else if (length) {
+      size_t skip = fresh && *s == ' ';
+      buf_add(&b, s + skip, length - skip);
+      fresh = 0;
     }
-    size_t skip = fresh && length && *s == ' ';
-    buf_add(&b, s + skip, length - skip);
-    if (length) fresh = 0;
   }
   if (n) *n = b.n;
   return b.s;
@@ -1877,158 +1736,138 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
 
 /* ---- training ---- */
 
-/* The different words of a text as symbols, how often each comes, and how
- * often each pair of neighbours does. */
+/* The different words of a text, how often each comes, their symbols (those
+ * of word w start at words.at[w] and end at a -1), and the pairs of
+ * neighbours in them, with how often each comes. */
 typedef struct {
   StringTable words, pairs;
   uint64_t *times, *pair_times;
-  size_t times_cap, pair_cap, *length; /* symbols of each word */
-  int32_t *symbol;                     /* word w starts at words.at[w] */
+  size_t times_cap, pair_cap;
+  int32_t *symbol;
 } Corpus;
 
-/* How often a pair comes, to be changed. */
-static uint64_t *pair_times(Corpus *c, int32_t left, int32_t right) {
-  size_t i = pair_find(&c->pairs, left, right);
-  if (i == SIZE_MAX) {
-    i = c->pairs.n;
-    pair_add(&c->pairs, left, right);
-    c->pair_times = mem_grow(c->pair_times, &c->pair_cap, i + 1,
-                             sizeof *c->pair_times);
-    c->pair_times[i] = 0;
+/* Adds a string, and times to how often it comes. */
+static void count_string(StringTable *t, uint64_t **count, size_t *cap,
+                         const void *bytes, size_t n, uint64_t times) {
+  size_t before = t->n, i = string_add(t, 0, bytes, n);
+  *count = mem_grow(*count, cap, t->n, sizeof **count);
+  if (i == before) (*count)[i] = 0;
+  (*count)[i] += times;
+}
+
+/* Counts the pairs of a word so many times; modulo 2^64, so -x takes x off. */
+static void count_pairs(Corpus *c, const int32_t *word, uint64_t times) {
+  for (; word[0] >= 0 && word[1] >= 0; word++) {
+    uint64_t pair = pair_of(word[0], word[1]);
+    count_string(&c->pairs, &c->pair_times, &c->pair_cap, &pair, sizeof pair,
+                 times);
   }
-  return &c->pair_times[i];
 }
 
 static void corpus_read(Corpus *c, const TbrTokenizer *t, const char *text,
                         size_t n) {
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(text + at, n - at);
-    size_t w = strings_find(&c->words, text + at, length);
-    if (w == SIZE_MAX) {
-      w = c->words.n;
-      strings_add(&c->words, text + at, length, 1);
-      c->times = mem_grow(c->times, &c->times_cap, w + 1, sizeof *c->times);
-      c->times[w] = 0;
-    }
-    c->times[w]++;
+    count_string(&c->words, &c->times, &c->times_cap, text + at, length, 1);
   }
   c->symbol = mem_raw(c->words.bytes.n, sizeof *c->symbol);
-  c->length = mem_raw(c->words.n, sizeof *c->length);
   for (size_t w = 0; w < c->words.n; w++) {
-    const char *s = string_at(&c->words, w, &c->length[w]);
+    const char *s = string_at(&c->words, w, &n);
     int32_t *to = c->symbol + c->words.at[w];
-    for (size_t i = 0; i < c->length[w]; i++) {
-      to[i] = t->byte[(unsigned char)s[i]];
-      if (i) *pair_times(c, to[i - 1], to[i]) += c->times[w];
-    }
+    for (size_t i = 0; i < n; i++)
+      to[i] = (int32_t)string_find(&t->tokens, TEXT, s + i, 1);
+    to[n] = -1;
+    count_pairs(c, to, c->times[w]);
   }
 }
 
-/* Replaces left right by id in one word and keeps the pairs' counts. */
-static void corpus_merge(Corpus *c, size_t w, int32_t left, int32_t right,
-                         int32_t id) {
-  int32_t *s = c->symbol + c->words.at[w];
-  size_t n = c->length[w], to = 0;
-  uint64_t times = c->times[w];
-  for (size_t i = 0; i < n; i++, to++) {
-    s[to] = s[i];
-    if (s[i] != left || i + 1 == n || s[i + 1] != right) continue;
-    if (to) {
-      *pair_times(c, s[to - 1], left) -= times;
-      *pair_times(c, s[to - 1], id) += times;
+/* Replaces a pair by id in all words, and keeps the counts. */
+static void corpus_merge(Corpus *c, int32_t left, int32_t right, int32_t id) {
+  for (size_t w = 0; w < c->words.n; w++) {
+    int32_t *from = c->symbol + c->words.at[w], *to = from, *word = from;
+    while (*from >= 0 && (from[0] != left || from[1] != right)) from++;
+    if (*from < 0) continue;
+    count_pairs(c, word, -c->times[w]);
+    for (from = word; *from >= 0; to++) {
+      int both = from[0] == left && from[1] == right;
+      *to = both ? id : *from;
+      from += both ? 2 : 1;
     }
-    *pair_times(c, left, right) -= times;
-    if (i + 2 < n) {
-      *pair_times(c, right, s[i + 2]) -= times;
-      *pair_times(c, id, s[i + 2]) += times;
-    }
-    s[to] = id;
-    i++;
+    *to = -1;
+    count_pairs(c, word, c->times[w]);
   }
-  c->length[w] = to;
 }
 
 /* The most frequent pair, of equal ones the lowest; 0 if none comes twice. */
-static int corpus_best(const Corpus *c, int32_t best[2]) {
-  uint64_t times = 1;
-  for (size_t i = 0; i < c->pairs.n; i++) {
-    int32_t pair[2];
-    if (c->pair_times[i] < times || c->pair_times[i] < 2) continue;
-    memcpy(pair, c->pairs.bytes.s + c->pairs.at[i], sizeof pair);
-    if (c->pair_times[i] == times &&
-        (pair[0] > best[0] || (pair[0] == best[0] && pair[1] > best[1])))
-      continue;
-    times = c->pair_times[i];
-    memcpy(best, pair, sizeof pair);
+static uint64_t corpus_best(const Corpus *c) {
+  uint64_t best = 0, times = 1, pair;
+  for (size_t i = 0, n; i < c->pairs.n; i++) {
+    memcpy(&pair, string_at(&c->pairs, i, &n), sizeof pair);
+    if (c->pair_times[i] > times ||
+        (c->pair_times[i] == times && times > 1 && pair < best))
+      best = pair, times = c->pair_times[i];
   }
-  return times > 1;
+  return best;
 }
 
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
   static const char *const special[] = {"<|bos|>", "<|eos|>", "<|user|>",
                                         "<|assistant|>", "<think>",
                                         "</think>"};
-  TbrTokenizer *t = tokenizer_new(0);
+  TbrTokenizer *t = mem_new(1, sizeof *t);
   Corpus c = {0};
   if (vocab < 262 || vocab > INT32_MAX - 1)
     tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
              "ones and every byte", vocab);
   for (size_t i = 0; i < 6; i++) tbr_tokenizer_add_special(t, special[i]);
   for (int i = 0; i < 256; i++) {
-    char byte = (char)(unsigned char)i;
-    token_add(t, &byte, 1, TOKEN_TEXT);
+    unsigned char byte = (unsigned char)i;
+    string_add(&t->tokens, TEXT, &byte, 1);
   }
   corpus_read(&c, t, text, n);
-  int32_t pair[2];
-  while (t->tokens.n < vocab && corpus_best(&c, pair)) {
+  for (uint64_t pair; t->tokens.n < vocab && (pair = corpus_best(&c)) != 0;) {
+    int32_t left = (int32_t)(pair >> 32), right = (int32_t)(pair & INT32_MAX);
     Buf both = {0};
-    for (int i = 0; i < 2; i++) {
-      size_t m;
-      const char *s = string_at(&t->tokens, (size_t)pair[i], &m);
-      buf_add(&both, s, m);
+    for (int32_t i = 0; i < 2; i++) {
+      const char *s = tbr_token(t, i ? right : left, &n);
+      buf_add(&both, s, n);
     }
-    if (strings_find(&t->tokens, both.s, both.n) == SIZE_MAX)
-      token_add(t, both.s, both.n, TOKEN_TEXT);
-    size_t id = strings_find(&t->tokens, both.s, both.n);
-    merge_add(t, (size_t)pair[0], (size_t)pair[1], id, t->pairs.n);
-    for (size_t w = 0; w < c.words.n; w++)
-      corpus_merge(&c, w, pair[0], pair[1], (int32_t)id);
+    size_t id = string_add(&t->tokens, TEXT, both.s, both.n);
+    merge_add(t, (size_t)left, (size_t)right, id, t->pairs.n);
+    corpus_merge(&c, left, right, (int32_t)id);
     buf_free(&both);
   }
   strings_free(&c.words);
   strings_free(&c.pairs);
   free(c.times);
   free(c.pair_times);
-  free(c.length);
   free(c.symbol);
   return t;
 }
 
 /* ---- files ---- */
 
-/* The parts of tokenizer.json that say how text is treated. They are written
- * as they stand, and a file that is read must hold the same. */
-static const char byte_level_form[] =
-    "\"normalizer\":null,\"pre_tokenizer\":{\"type\":\"Sequence\","
-    "\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":%s},"
-    "\"behavior\":\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\","
-    "\"add_prefix_space\":false,\"trim_offsets\":false,\"use_regex\":false}]},"
-    "\"decoder\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false,"
-    "\"trim_offsets\":false,\"use_regex\":false},\"model\":{\"type\":\"BPE\","
-    "\"dropout\":null,\"continuing_subword_prefix\":null,"
-    "\"end_of_word_suffix\":null,\"byte_fallback\":false,"
-    "\"ignore_merges\":false";
-static const char pieces_form[] =
-    "\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":["
-    "{\"type\":\"Prepend\",\"prepend\":%s},{\"type\":\"Replace\","
-    "\"pattern\":{\"String\":\" \"},\"content\":\"\\u2581\"}]},"
-    "\"pre_tokenizer\":null,\"decoder\":{\"type\":\"Sequence\",\"decoders\":["
-    "{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},"
-    "\"content\":\" \"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},"
-    "{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]},"
-    "\"model\":{\"type\":\"BPE\",\"dropout\":null,"
-    "\"continuing_subword_prefix\":null,\"end_of_word_suffix\":null,"
-    "\"byte_fallback\":true,\"ignore_merges\":false";
+/* The parts of tokenizer.json that say how text is treated, with ' for ".
+ * They are written as they stand, and a file that is read must hold the same.
+ * The first is for byte-level, the second for pieces; %s is WORD_REGEX. */
+#define MODEL                                                               \
+  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,"  \
+  "'end_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
+static const char *const json_form[2] = {
+    "'normalizer':null,'pre_tokenizer':{'type':'Sequence','pretokenizers':["
+    "{'type':'Split','pattern':{'Regex':%s},'behavior':'Isolated',"
+    "'invert':false},{'type':'ByteLevel','add_prefix_space':false,"
+    "'trim_offsets':false,'use_regex':false}]},'decoder':{'type':'ByteLevel',"
+    "'add_prefix_space':false,'trim_offsets':false,'use_regex':false}," MODEL
+    "false",
+    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend',"
+    "'prepend':'\\u2581'},{'type':'Replace','pattern':{'String':' '},"
+    "'content':'\\u2581'}]},'pre_tokenizer':null,'decoder':{'type':'Sequence',"
+    "'decoders':[{'type':'Replace','pattern':{'String':'\\u2581'},"
+    "'content':' '},{'type':'ByteFallback'},{'type':'Fuse'},"
+    "{'type':'Strip','content':' ','start':1,'stop':0}]}," MODEL "true"};
+
+/* How transformers makes a dialogue into text; needs no ' for ". */
 static const char chat_template[] =
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
@@ -2039,12 +1878,19 @@ static const char chat_template[] =
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
 
+/* Adds JSON that is written with ' for ". */
+static void add_json(Buf *b, const char *s) {
+  for (; *s; s++) buf_char(b, *s == '\'' ? '"' : *s);
+}
+
+/* Adds the form of one kind of tokenizer, left open inside the model. */
 static void add_form(Buf *b, int pieces) {
-  Buf own = {0};
-  json_quote(&own, pieces ? "\xe2\x96\x81" : WORD_REGEX,
-             pieces ? 3 : sizeof WORD_REGEX - 1);
-  buf_printf(b, pieces ? pieces_form : byte_level_form, own.s);
-  buf_free(&own);
+  Buf form = {0}, regex = {0};
+  add_json(&form, json_form[pieces]);
+  json_quote(&regex, WORD_REGEX, sizeof WORD_REGEX - 1);
+  buf_printf(b, form.s, regex.s);
+  buf_free(&form);
+  buf_free(&regex);
 }
 
 /* Whether a value holds all that is wanted; members beyond that don't
@@ -2068,148 +1914,113 @@ static uint32_t byte_letter(unsigned byte) {
   return byte == 173 ? 323 : byte;
 }
 
-/* Adds a token's name in tokenizer.json. */
-static void add_name(Buf *b, const TbrTokenizer *t, size_t id) {
+/* Adds a token's name in tokenizer.json, not quoted. */
+static void add_name(Buf *b, const TbrTokenizer *t, int32_t id) {
   size_t n;
-  const char *s = string_at(&t->tokens, id, &n);
-  if (t->kind[id] == TOKEN_BYTE) {
-    buf_printf(b, "<0x%02X>", (unsigned)(unsigned char)*s);
-    return;
-  }
-  for (size_t i = 0; i < n; i++)
-    if (t->kind[id] == TOKEN_SPECIAL || (t->pieces && s[i] != ' '))
+  const char *s = tbr_token(t, id, &n);
+  int kind = string_kind(&t->tokens, (size_t)id);
+  if (kind == BYTE) buf_printf(b, "<0x%02X>", (unsigned)(unsigned char)*s);
+  for (size_t i = 0; kind != BYTE && i < n; i++)
+    if (kind == SPECIAL || (t->pieces && s[i] != ' '))
       buf_char(b, s[i]);
     else
       buf_utf8(b, t->pieces ? 0x2581 : byte_letter((unsigned char)s[i]));
 }
 
-/* Adds the bytes that a name stands for; 0 if it isn't a name. */
-static int add_bytes(Buf *b, int pieces, const char *name, size_t n) {
-  uint32_t code;
-  for (size_t i = 0, step; i < n; i += step) {
-    step = utf8_decode(name + i, n - i, &code);
-    if (!step) return 0;
-    if (pieces) {
-      buf_add(b, code == 0x2581 ? " " : name + i, code == 0x2581 ? 1 : step);
-      continue;
-    }
-    unsigned byte = 0;
-    while (byte < 256 && byte_letter(byte) != code) byte++;
-    if (byte == 256) return 0;
-    buf_char(b, (int)byte);
-  }
-  return 1;
-}
-
-/* Appends the token of that name; byte tokens of pieces are <0x00>.. */
+/* Appends the token of that name. Those of one byte in pieces are <0x00>.. */
 static void name_add(TbrTokenizer *t, const char *name, size_t n,
                      const char *path) {
-  static const char hex[] = "0123456789ABCDEF";
+  char own[8];
   Buf b = {0};
-  const char *high = NULL, *low = NULL;
-  if (t->pieces && n == 6 && !memcmp(name, "<0x", 3) && name[5] == '>') {
-    high = memchr(hex, name[3], 16);
-    low = memchr(hex, name[4], 16);
+  uint32_t code;
+  unsigned byte = n == 6 ? strtoul(name + 3, NULL, 16) & 255u : 0;
+  snprintf(own, sizeof own, "<0x%02X>", byte);
+  int kind = t->pieces && n == 6 && !memcmp(name, own, 6) ? BYTE : TEXT;
+  if (kind == BYTE) buf_char(&b, (int)byte);
+  for (size_t i = 0, step = n; kind == TEXT && i < n; i += step) {
+    step = utf8_decode(name + i, n - i, &code);
+    for (byte = 0; byte < 256 && byte_letter(byte) != code;) byte++;
+    if (!step || (!t->pieces && byte == 256)) {
+      buf_clear(&b);
+      break;
+    }
+    if (t->pieces && code != 0x2581) buf_add(&b, name + i, step);
+    else buf_char(&b, t->pieces ? ' ' : (int)byte);
   }
-  if (high && low)
-    buf_char(&b, (int)((high - hex) << 4 | (low - hex)));
-  else if (!n || !add_bytes(&b, t->pieces, name, n))
+  if (!b.n)
     tbr_fail("%s: token %zu should be one or more characters of %s", path,
              t->tokens.n, t->pieces ? "UTF-8" : "GPT-2's byte alphabet");
-  int byte = high && low;
-  if (byte ? t->byte[(unsigned char)*b.s] >= 0
-           : strings_find(&t->tokens, b.s, b.n) != SIZE_MAX)
-    tbr_fail("%s: token %zu, \"%s\", is there twice", path, t->tokens.n, b.s);
-  token_add(t, b.s, b.n, byte ? TOKEN_BYTE : TOKEN_TEXT);
+  token_add(t, kind, b.s, b.n, path);
   buf_free(&b);
 }
 
 /* Every byte must have a token, so that any text can be encoded. */
 static void check_bytes(const TbrTokenizer *t, const char *path) {
-  for (size_t i = 0; i < 256; i++)
-    if (t->byte[i] < 0)
+  for (unsigned i = 0; i < 256; i++) {
+    unsigned char byte = (unsigned char)i;
+    if (string_find(&t->tokens, t->pieces ? BYTE : TEXT, &byte, 1) == SIZE_MAX)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
-               "supported", path, (unsigned)i);
-}
-
-/* Adds the tokens of tokenizer.json, whose ids must be 0, 1, 2 .. */
-static void json_tokens(TbrTokenizer *t, const Json *root) {
-  const Json *list[2] = {json_get(root, "added_tokens"),
-                         json_get(json_get(root, "model"), "vocab")};
-  size_t n = 0, used = 0;
-  for (int i = 0; i < 2; i++)
-    for (const Json *v = list[i] ? list[i]->child : NULL; v; v = v->next) n++;
-  const Json **by_id = mem_new(n, sizeof *by_id);
-  for (int i = 0; i < 2; i++)
-    for (const Json *v = list[i] ? list[i]->child : NULL; v; v = v->next) {
-      const Json *number = i ? v : json_get(v, "id");
-      const Json *special = i ? NULL : json_get(v, "special");
-      double id = number && number->kind == JSON_NUMBER ? number->number : -1;
-      if (!(id >= 0 && id < (double)n) || (double)(size_t)id < id)
-        tbr_fail("%s:%zu: ids should be whole numbers from 0 on without holes",
-                 v->path, v->line);
-      if (!i && (!special || special->kind != JSON_TRUE ||
-                 !*json_string(v, "content", "")))
-        tbr_fail("%s:%zu: added tokens should have \"special\": true and a "
-                 "\"content\"", v->path, v->line);
-      const Json **at = &by_id[(size_t)id];
-      if (*at && !(i && v->key && (*at)->kind == JSON_OBJECT &&
-                   !strcmp(json_string(*at, "content", ""), v->key)))
-        tbr_fail("%s:%zu: id %.0f is there twice", v->path, v->line, id);
-      used += !*at;
-      if (!*at) *at = v;
-    }
-  for (size_t id = 0; id < used; id++) {
-    const Json *v = by_id[id];
-    if (!v) tbr_fail("%s: id %zu is missing", root->path, id);
-    if (v->key) {
-      name_add(t, v->key, strlen(v->key), root->path);
-    } else {
-      const char *name = json_string(v, "content", "");
-      token_add(t, name, strlen(name), TOKEN_SPECIAL);
-    }
+               "supported", path, i);
   }
-  free(by_id);
 }
 
-/* The token that a part of a merge names. */
-static size_t merge_part(const TbrTokenizer *t, const Json *merge,
-                         const char *name, size_t n) {
-  Buf b = {0};
-  buf_add(&b, "", 0);
-  size_t id = add_bytes(&b, t->pieces, name, n)
-                  ? strings_find(&t->tokens, b.s, b.n) : SIZE_MAX;
-  if (id == SIZE_MAX)
-    tbr_fail("%s:%zu: a merge needs \"%.*s\", which is no token", merge->path,
-             merge->line, n > 300 ? 300 : (int)n, name);
-  buf_free(&b);
-  return id;
+/* Adds the tokens of tokenizer.json, and their names to a table of their own.
+ * Both lists must be in the order of the ids, as Hugging Face writes them; a
+ * special token may be in the vocabulary too. */
+static void json_tokens(TbrTokenizer *t, StringTable *names, const Json *root) {
+  const Json *text = json_get(json_get(root, "model"), "vocab");
+  const Json *special = json_get(root, "added_tokens");
+  text = text && text->kind == JSON_OBJECT ? text->child : NULL;
+  special = special ? special->child : NULL;
+  for (size_t id = 0; text || special; id++) {
+    const Json *v = text, *s = special, *sure = json_get(s, "special");
+    const char *name = json_string(s, "content", "");
+    if (v && (v->kind != JSON_NUMBER || v->number != (double)id)) v = NULL;
+    if (s && json_number(s, "id", -1) != (double)id) s = NULL;
+    if ((!v && !s) || (v && s && strcmp(v->key, name)))
+      tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order; "
+               "near here %zu is missing or is there twice", root->path,
+               text ? text->line : special->line, id);
+    if (s && (!sure || sure->kind != JSON_TRUE || !*name))
+      tbr_fail("%s:%zu: added tokens should have \"special\": true and a "
+               "\"content\"", s->path, s->line);
+    if (!s) name = v->key;
+    string_add(names, s ? SPECIAL : TEXT, name, strlen(name));
+    if (s) token_add(t, SPECIAL, name, strlen(name), root->path);
+    else name_add(t, name, strlen(name), root->path);
+    if (v) text = v->next;
+    if (s) special = s->next;
+  }
 }
 
 /* Adds the merges. Those of one piece share a rank, so that the leftmost
  * goes first, as in SentencePiece. */
-static void json_merges(TbrTokenizer *t, const Json *merges) {
+static void json_merges(TbrTokenizer *t, const StringTable *names,
+                        const Json *merges) {
   size_t *first = mem_new(t->tokens.n, sizeof *first), rank = 0;
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
-    Buf name = {0};
+    Buf b = {0};
     if (m->kind == JSON_STRING)
-      buf_add(&name, m->string, m->length);
+      buf_add(&b, m->string, m->length);
     else if (r && l->kind == JSON_STRING && r->kind == JSON_STRING)
-      buf_printf(&name, "%s %s", l->string, r->string);
-    const char *blank = name.s ? strchr(name.s, ' ') : NULL;
+      buf_printf(&b, "%s %s", l->string, r->string);
+    const char *blank = b.n ? strchr(b.s, ' ') : NULL;
     if (!blank || strchr(blank + 1, ' '))
       tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", "
                "\"b\"]", m->path, m->line);
-    size_t cut = (size_t)(blank - name.s);
-    size_t left = merge_part(t, m, name.s, cut);
-    size_t right = merge_part(t, m, blank + 1, name.n - cut - 1);
-    memmove(name.s + cut, blank + 1, name.n - cut);
-    size_t id = merge_part(t, m, name.s, name.n - 1);
+    size_t cut = (size_t)(blank - b.s), rest = b.n - cut - 1;
+    size_t left = string_find(names, TEXT, b.s, cut);
+    size_t right = string_find(names, TEXT, blank + 1, rest);
+    memmove(b.s + cut, blank + 1, rest + 1);
+    size_t id = string_find(names, TEXT, b.s, cut + rest);
+    if (left == SIZE_MAX || right == SIZE_MAX || id == SIZE_MAX)
+      tbr_fail("%s:%zu: a merge has a part or makes a whole, \"%.300s\", "
+               "which is no token", m->path, m->line, b.s);
     rank++;
     if (!first[id] || !t->pieces) first[id] = rank;
     merge_add(t, left, right, id, first[id]);
-    buf_free(&name);
+    buf_free(&b);
   }
   free(first);
 }
@@ -2218,53 +2029,49 @@ static TbrTokenizer *load_json(const char *path) {
   Json *root = json_read(path);
   const Json *model = json_get(root, "model");
   const Json *fallback = json_get(model, "byte_fallback");
-  TbrTokenizer *t = tokenizer_new(fallback && fallback->kind == JSON_TRUE);
+  TbrTokenizer *t = mem_new(1, sizeof *t);
+  StringTable names = {0};
   Buf form = {0};
+  t->pieces = fallback && fallback->kind == JSON_TRUE;
   buf_char(&form, '{');
   add_form(&form, t->pieces);
   buf_str(&form, "}}");
   Json *want = json_parse(form.s, form.n, "form", 1);
-  for (const Json *w = want->child; w; w = w->next) {
-    const Json *have = json_get(root, w->key);
-    if (!json_holds(have, w))
+  for (const Json *w = want->child, *have; w; w = w->next)
+    if (!json_holds(have = json_get(root, w->key), w))
       tbr_fail("%s:%zu: this \"%s\" is not supported; byte-level BPE as `tbr "
                "tokenizer` writes it is, and Llama 2's BPE with byte_fallback",
                path, have ? have->line : root->line, w->key);
-  }
+  json_tokens(t, &names, root);
+  check_bytes(t, path);
+  json_merges(t, &names, json_get(model, "merges"));
+  strings_free(&names);
   buf_free(&form);
   json_free(want);
-  json_tokens(t, root);
-  check_bytes(t, path);
-  json_merges(t, json_get(model, "merges"));
   json_free(root);
   return t;
 }
 
-typedef struct {
-  float score;
-  size_t id;
-} Scored;
-
-static int by_score(const void *a, const void *b) {
-  const Scored *x = a, *y = b;
-  if (x->score < y->score || x->score > y->score)
-    return x->score > y->score ? -1 : 1;
-  return x->id < y->id ? -1 : x->id > y->id;
+/* For qsort: numbers from the lowest up. */
+static int by_number(const void *a, const void *b) {
+  const uint64_t *x = a, *y = b;
+  return (*x > *y) - (*x < *y);
 }
 
-/* Whatever two tokens make a third can be merged; its score ranks it. */
-static void derive_merges(TbrTokenizer *t, Scored *scored) {
-  size_t n, rank = 0;
-  qsort(scored, t->tokens.n, sizeof *scored, by_score);
+/* Whatever two tokens make a third can be merged. order has the rank of each
+ * token in its upper half, the token in the lower. */
+static void derive_merges(TbrTokenizer *t, uint64_t *order) {
+  size_t n;
+  qsort(order, t->tokens.n, sizeof *order, by_number);
   for (size_t i = 0; i < t->tokens.n; i++) {
-    const char *s = string_at(&t->tokens, scored[i].id, &n);
-    if (scored[i].score < scored[rank].score) rank = i;
-    if (t->kind[scored[i].id] != TOKEN_TEXT) continue;
+    size_t id = (size_t)(order[i] & UINT32_MAX);
+    const char *s = string_at(&t->tokens, id, &n);
+    if (string_kind(&t->tokens, id) != TEXT) continue;
     for (size_t cut = 1; cut < n; cut++) {
-      size_t left = strings_find(&t->tokens, s, cut);
-      size_t right = strings_find(&t->tokens, s + cut, n - cut);
+      size_t left = string_find(&t->tokens, TEXT, s, cut);
+      size_t right = string_find(&t->tokens, TEXT, s + cut, n - cut);
       if (left != SIZE_MAX && right != SIZE_MAX)
-        merge_add(t, left, right, scored[i].id, rank);
+        merge_add(t, left, right, id, (size_t)(order[i] >> 32));
     }
   }
 }
@@ -2275,39 +2082,32 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
   size_t size, at = 4, cap = 0;
   char *file = read_file(path, &size);
   const unsigned char *b = (const unsigned char *)file;
-  TbrTokenizer *t = tokenizer_new(1);
-  Scored *scored = NULL;
-  for (size_t id; vocab ? t->tokens.n < vocab : at < size;) {
-    id = t->tokens.n;
-    if (at > size || size - at < 8 ||
-        size - at - 8 < little_endian(b + at + 4, 4))
+  TbrTokenizer *t = mem_new(1, sizeof *t);
+  uint64_t *order = NULL;
+  t->pieces = 1;
+  while (vocab ? t->tokens.n < vocab : at < size) {
+    size_t id = t->tokens.n, n = 0;
+    if (at + 8 <= size) n = (size_t)little_endian(b + at + 4, 4);
+    if (at + 8 > size || size - at - 8 < n)
       tbr_fail("%s: ends too early, in token %zu at byte %zu (is the file "
                "truncated, or of another model?)", path, id, at);
-    size_t n = (size_t)little_endian(b + at + 4, 4);
-    scored = mem_grow(scored, &cap, id + 1, sizeof *scored);
-    scored[id].score = bits_float((uint32_t)little_endian(b + at, 4));
-    scored[id].id = id;
-    if (!(scored[id].score >= -FLT_MAX && scored[id].score <= FLT_MAX))
-      tbr_fail("%s: the score of token %zu at byte %zu is not a finite number",
-               path, id, at);
-    if (n > 256)
-      tbr_fail("%s: token %zu at byte %zu is %zu bytes long; at most 256 would "
-               "be right", path, id, at, n);
-    if (id < 3)
-      token_add(t, special[id], strlen(special[id]), TOKEN_SPECIAL);
-    else
-      name_add(t, file + at + 8, n, path);
-    if (id >= 3 && id < 259 && t->kind[id] != TOKEN_BYTE)
-      tbr_fail("%s: token %zu should be <0x%02X> (is this a tokenizer.bin of "
-               "llama2.c?)", path, id, (unsigned)id - 3);
+    uint32_t u = (uint32_t)little_endian(b + at, 4);
+    if (n > 256 || (u & 0x7f800000u) == 0x7f800000u)
+      tbr_fail("%s: token %zu at byte %zu is %zu bytes long; at most 256 are "
+               "supported; or its score is not a finite number", path, id, at,
+               n);
+    order = mem_grow(order, &cap, id + 1, sizeof *order);
+    order[id] = (uint64_t)(u >> 31 ? u : 0x7fffffffu - u) << 32 | id;
+    if (id < 3) tbr_tokenizer_add_special(t, special[id]);
+    else name_add(t, file + at + 8, n, path);
     at += 8 + n;
   }
   if (at < size)
     tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
              "another model?)", path, vocab);
   check_bytes(t, path);
-  derive_merges(t, scored);
-  free(scored);
+  derive_merges(t, order);
+  free(order);
   free(file);
   return t;
 }
@@ -2325,73 +2125,66 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   return t;
 }
 
-static void add_quoted_name(Buf *b, const TbrTokenizer *t, size_t id) {
+/* Adds the names of one token or, for a merge, of two as a JSON string. */
+static void add_names(Buf *b, const TbrTokenizer *t, int32_t id,
+                      int32_t second) {
   Buf name = {0};
   add_name(&name, t, id);
+  if (second >= 0) buf_char(&name, ' '), add_name(&name, t, second);
   json_quote(b, name.s, name.n);
   buf_free(&name);
 }
 
 /* tokenizer_config.json: what transformers wants to know beside. */
-static void save_config(const TbrTokenizer *t, const char *path) {
-  static const char *const role[2][2] = {{"bos_token", "<|bos|>"},
-                                         {"eos_token", "<|eos|>"}};
+static void save_config(const TbrTokenizer *t, const char *directory) {
+  char *path = format_string("%s/tokenizer_config.json", directory);
+  int32_t bos = tbr_special(t, "<|bos|>"), eos = tbr_special(t, "<|eos|>");
   Buf b = {0};
-  buf_str(&b, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
-              "  \"clean_up_tokenization_spaces\": false");
-  for (size_t i = 0; i < 2; i++) {
-    int32_t id = tbr_special(t, role[i][1]);
-    if (id < 0) continue;
-    buf_printf(&b, ",\n  \"%s\": ", role[i][0]);
-    add_quoted_name(&b, t, (size_t)id);
-  }
+  add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
+               "  'clean_up_tokenization_spaces': false");
+  if (bos >= 0) add_json(&b, ",\n  'bos_token': "), add_names(&b, t, bos, -1);
+  if (eos >= 0) add_json(&b, ",\n  'eos_token': "), add_names(&b, t, eos, -1);
   if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0) {
-    buf_str(&b, ",\n  \"chat_template\": ");
+    add_json(&b, ",\n  'chat_template': ");
     json_quote(&b, chat_template, sizeof chat_template - 1);
   }
   buf_str(&b, "\n}\n");
   write_file(path, b.s, b.n);
   buf_free(&b);
+  free(path);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
   Buf b = {0};
   char *path = format_string("%s/tokenizer.json", directory);
-  char *config = format_string("%s/tokenizer_config.json", directory);
   make_directory(directory);
-  buf_str(&b, "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,"
-              "\"added_tokens\":[");
+  add_json(&b, "{'version':'1.0','truncation':null,'padding':null,"
+               "'added_tokens':[");
   for (size_t i = 0, any = 0; i < t->tokens.n; i++) {
-    if (t->kind[i] != TOKEN_SPECIAL) continue;
+    if (string_kind(&t->tokens, i) != SPECIAL) continue;
     buf_printf(&b, "%s\n{\"id\":%zu,\"content\":", any++ ? "," : "", i);
-    add_quoted_name(&b, t, i);
-    buf_str(&b, ",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,"
-                "\"normalized\":false,\"special\":true}");
+    add_names(&b, t, (int32_t)i, -1);
+    add_json(&b, ",'single_word':false,'lstrip':false,'rstrip':false,"
+                 "'normalized':false,'special':true}");
   }
-  buf_str(&b, "],\n\"post_processor\":null,");
+  add_json(&b, "],\n'post_processor':null,");
   add_form(&b, t->pieces);
-  buf_str(&b, ",\"unk_token\":null,\"fuse_unk\":false,\n\"vocab\":{");
+  add_json(&b, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
   for (size_t i = 0; i < t->tokens.n; i++) {
     buf_str(&b, i ? ",\n" : "\n");
-    add_quoted_name(&b, t, i);
+    add_names(&b, t, (int32_t)i, -1);
     buf_printf(&b, ":%zu", i);
   }
-  buf_str(&b, "},\n\"merges\":[");
+  add_json(&b, "},\n'merges':[");
   for (size_t i = 0; i < t->pairs.n; i++) {
-    Buf pair = {0};
-    add_name(&pair, t, (size_t)t->merge[i].left);
-    buf_char(&pair, ' ');
-    add_name(&pair, t, (size_t)t->merge[i].right);
     buf_str(&b, i ? ",\n" : "\n");
-    json_quote(&b, pair.s, pair.n);
-    buf_free(&pair);
+    add_names(&b, t, t->merge[i].left, t->merge[i].right);
   }
   buf_str(&b, "]}}\n");
   write_file(path, b.s, b.n);
-  save_config(t, config);
+  save_config(t, directory);
   buf_free(&b);
   free(path);
-  free(config);
 }
 /* ======================================================================
  * Chapter 6: data
@@ -4579,6 +4372,7 @@ typedef struct {
 /* What forward computes, (rows, width) each, kept for each layer where a
  * backward follows (kept = layers), else written over (kept = 1). */
 struct TbrActs {
+  real *block; /* holds them all */
   size_t rows, kept;
   real *x, *rstd1, *qkv, *att, *x2, *rstd2, *gu; /* kept a layer; x: kept+1 */
   real *norm, *hidden;                           /* of the layer at work */
@@ -4588,8 +4382,6 @@ struct TbrActs {
 
 static void rope_tables(TbrActs *a, const TbrConfig *c) {
   size_t half = c->head_dim / 2;
-  a->cosine = mem_raw(times(c->context, half), sizeof(real));
-  a->sine = mem_raw(times(c->context, half), sizeof(real));
   double step = tbr_log(c->rope_theta) / (double)half;
   for (size_t j = 0; j < half; j++) {
     double frequency = tbr_exp(-step * (double)j);
@@ -4605,28 +4397,24 @@ static void rope_tables(TbrActs *a, const TbrConfig *c) {
 static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
   const TbrConfig *c = &m->config;
   TbrActs *a = mem_new(1, sizeof *a);
-  size_t kept = training ? c->layers : 1, width = c->dim;
-  if (qkv_width(c) > width) width = qkv_width(c);
-  if (c->hidden > width) width = c->hidden;
+  size_t kept = training ? c->layers : 1, all = times(rows, kept);
+  size_t d = c->dim, h = c->hidden, q = q_width(c), wide = qkv_width(c);
+  size_t widest = wide > h ? wide : h, back = training ? rows : 0;
+  size_t angles = times(c->context, c->head_dim / 2);
+  Extent part[] = {
+      {&a->x, times(all + rows, d)}, {&a->rstd1, all},
+      {&a->qkv, times(all, wide)},   {&a->att, times(all, q)},
+      {&a->x2, times(all, d)},       {&a->rstd2, all},
+      {&a->gu, times(all, 2 * h)},   {&a->norm, times(rows, d)},
+      {&a->hidden, times(rows, h)},  {&a->dx, times(back, d)},
+      {&a->dnorm, times(back, widest > d ? widest : d)},
+      {&a->dqkv, times(back, wide)}, {&a->dgu, times(back, 2 * h)},
+      {&a->g, times(back, d)},       {&a->cosine, angles},
+      {&a->sine, angles}};
+  a->block = mem_parts(part, sizeof part / sizeof *part);
   a->rows = rows;
   a->kept = kept;
-  size_t all = times(rows, kept);
-  a->x = mem_raw(times(rows, times(kept + 1, c->dim)), sizeof(real));
-  a->qkv = mem_raw(times(all, qkv_width(c)), sizeof(real));
-  a->att = mem_raw(times(all, q_width(c)), sizeof(real));
-  a->x2 = mem_raw(times(all, c->dim), sizeof(real));
-  a->gu = mem_raw(times(all, 2 * c->hidden), sizeof(real));
-  a->rstd1 = mem_raw(all, sizeof(real));
-  a->rstd2 = mem_raw(all, sizeof(real));
-  a->norm = mem_raw(times(rows, c->dim), sizeof(real));
-  a->hidden = mem_raw(times(rows, c->hidden), sizeof(real));
   rope_tables(a, c);
-  if (!training) return a;
-  a->dx = mem_raw(times(rows, c->dim), sizeof(real));
-  a->dnorm = mem_raw(times(rows, width), sizeof(real));
-  a->dqkv = mem_raw(times(rows, qkv_width(c)), sizeof(real));
-  a->dgu = mem_raw(times(rows, 2 * c->hidden), sizeof(real));
-  a->g = mem_raw(times(rows, c->dim), sizeof(real));
   return a;
 }
 
@@ -4635,11 +4423,7 @@ TbrActs *tbr_acts_new(const TbrModel *m, size_t rows) {
 }
 
 void tbr_acts_free(TbrActs *a) {
-  if (!a) return;
-  real *all[] = {a->x, a->rstd1, a->qkv, a->att, a->x2, a->rstd2, a->gu,
-                 a->norm, a->hidden, a->dx, a->dnorm, a->dqkv, a->dgu, a->g,
-                 a->cosine, a->sine};
-  for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
+  if (a) free(a->block);
   free(a);
 }
 
@@ -4848,61 +4632,43 @@ static Span *batch_spans(const TbrModel *m, const TbrBatch *b, size_t rows) {
 
 enum { LOSS_ROWS = 256 }; /* rows whose logits exist at the same time */
 
-/* Memory for the classifier's part of the loss. */
-typedef struct {
-  real *x, *rstd, *norm, *logits, *loss, *dnorm, *dx, *g;
-  int32_t *target;
-} Head;
-
-static Head head_new(const TbrConfig *c) {
-  size_t wide = times(LOSS_ROWS, c->dim);
-  Head h = {mem_raw(wide, sizeof(real)),  mem_raw(LOSS_ROWS, sizeof(real)),
-            mem_raw(wide, sizeof(real)),
-            mem_raw(times(LOSS_ROWS, c->vocab), sizeof(real)),
-            mem_raw(LOSS_ROWS, sizeof(real)), mem_raw(wide, sizeof(real)),
-            mem_raw(wide, sizeof(real)),  mem_raw(wide, sizeof(real)),
-            mem_raw(LOSS_ROWS, sizeof(int32_t))};
-  return h;
-}
-
-static void head_free(Head *h) {
-  free(h->x), free(h->rstd), free(h->norm), free(h->logits), free(h->loss);
-  free(h->dnorm), free(h->dx), free(h->g), free(h->target);
-}
-
 /* The summed cross entropy of the rows that have a target, a block of them
  * at a time; with grad, also its gradient, into grad and a->dx. */
 static double head_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
                         real *grad, real scale) {
   const TbrConfig *c = &m->config;
-  size_t d = c->dim, row[LOSS_ROWS], n = 0;
-  const real *x = a->x + c->layers * a->rows * d;
-  const real *norm = final_norm(c, m->param), *w = classifier(c, m->param);
-  Head h = head_new(c);
+  size_t d = c->dim, row[LOSS_ROWS], n = 0, wide = times(LOSS_ROWS, d);
+  const real *last = a->x + c->layers * a->rows * d;
+  const real *gain = final_norm(c, m->param), *w = classifier(c, m->param);
+  real *x, *rstd, *norm, *logits, *loss, *dnorm, *dx, *g;
+  Extent part[] = {{&x, wide}, {&rstd, LOSS_ROWS}, {&norm, wide},
+                 {&logits, times(LOSS_ROWS, c->vocab)}, {&loss, LOSS_ROWS},
+                 {&dnorm, wide}, {&dx, wide}, {&g, wide}};
+  real *block = mem_parts(part, sizeof part / sizeof *part);
+  int32_t target[LOSS_ROWS];
   double sum = 0;
   for (size_t i = 0; i < b->n; i++) {
     if (b->target[i] >= 0) {
-      memcpy(h.x + n * d, x + i * d, d * sizeof *x);
-      h.target[n] = b->target[i];
+      memcpy(x + n * d, last + i * d, d * sizeof *x);
+      target[n] = b->target[i];
       row[n++] = i;
     }
     if (n == 0 || (n < LOSS_ROWS && i + 1 < b->n)) continue;
-    rmsnorm_forward(h.norm, h.rstd, h.x, norm, n, d, (real)c->norm_eps);
-    linear_forward(h.logits, h.norm, transposed(w, d), n, d, c->vocab);
-    cross_entropy(h.loss, h.logits, h.target, n, c->vocab, grad ? scale : 0);
-    for (size_t r = 0; r < n; r++) sum += (double)h.loss[r];
+    rmsnorm_forward(norm, rstd, x, gain, n, d, (real)c->norm_eps);
+    linear_forward(logits, norm, transposed(w, d), n, d, c->vocab);
+    cross_entropy(loss, logits, target, n, c->vocab, grad ? scale : 0);
+    for (size_t r = 0; r < n; r++) sum += (double)loss[r];
     if (grad) {
-      linear_backward(h.dnorm, classifier(c, grad), h.logits, h.norm, w, n, d,
+      linear_backward(dnorm, classifier(c, grad), logits, norm, w, n, d,
                       c->vocab);
-      memset(h.dx, 0, n * d * sizeof *x);
-      rmsnorm_backward(h.dx, final_norm(c, grad), h.dnorm, h.x, h.rstd, norm,
-                       n, d, h.g);
+      memset(dx, 0, n * d * sizeof *dx);
+      rmsnorm_backward(dx, final_norm(c, grad), dnorm, x, rstd, gain, n, d, g);
       for (size_t r = 0; r < n; r++)
-        memcpy(a->dx + row[r] * d, h.dx + r * d, d * sizeof *x);
+        memcpy(a->dx + row[r] * d, dx + r * d, d * sizeof *dx);
     }
     n = 0;
   }
-  head_free(&h);
+  free(block);
   return sum;
 }
 
@@ -5313,59 +5079,60 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
   snprintf(t->mark, sizeof t->mark, "%016llx", (unsigned long long)h);
 }
 
+/* Tensor i of the state: weights, then both moments. Returns its name
+ * (fresh), its shape in *tensor and its block in *block. */
+static char *state_tensor(const Trainer *t, size_t i, const TbrTensor **tensor,
+                          real **block) {
+  static const char *const prefix[] = {"weight.", "moment1.", "moment2."};
+  size_t n = t->model->n_tensors;
+  *tensor = &t->model->tensor[i % n];
+  *block = i / n == 0 ? t->model->param : i / n == 1 ? t->m : t->v;
+  return format_string("%s%s", prefix[i / n], (*tensor)->name);
+}
+
 /* Writes weights, moments, step and log into optimizer.safetensors. */
 static void trainer_save(const Trainer *t) {
-  static const char *const prefix[3] = {"weight.", "moment1.", "moment2."};
-  const TbrModel *m = t->model;
-  const real *block[3] = {m->param, t->m, t->v};
-  StOut *out = mem_new(3 * m->n_tensors, sizeof *out);
-  char **name = mem_new(3 * m->n_tensors, sizeof *name), step[24];
-  for (size_t i = 0; i < 3 * m->n_tensors; i++) {
-    const TbrTensor *tensor = &m->tensor[i % m->n_tensors];
-    size_t which = i / m->n_tensors;
-    name[i] = format_string("%s%s", prefix[which], tensor->name);
-    out[i] = tensor_out(tensor, name[i], block[which]);
+  size_t n = 3 * t->model->n_tensors;
+  StOut *out = mem_new(n, sizeof *out);
+  char **name = mem_new(n, sizeof *name), step[24];
+  for (size_t i = 0; i < n; i++) {
+    const TbrTensor *tensor;
+    real *block;
+    name[i] = state_tensor(t, i, &tensor, &block);
+    out[i] = tensor_out(tensor, name[i], block);
   }
   snprintf(step, sizeof step, "%zu", t->step);
   const char *const metadata[][2] = {
       {"training", t->mark}, {"step", step}, {"log", t->log.s}};
   char *path = path_in(t->directory, "optimizer.safetensors");
-  st_write(path, metadata, 3, out, 3 * m->n_tensors);
-  for (size_t i = 0; i < 3 * m->n_tensors; i++) free(name[i]);
-  free(name);
-  free(out);
-  free(path);
+  st_write(path, metadata, 3, out, n);
+  for (size_t i = 0; i < n; i++) free(name[i]);
+  free(name), free(out), free(path);
 }
 
 /* Goes on from optimizer.safetensors if it is of this very training. */
 static void trainer_resume(Trainer *t) {
-  static const char *const prefix[3] = {"weight.", "moment1.", "moment2."};
   char *path = path_in(t->directory, "optimizer.safetensors");
-  if (file_exists(path)) {
-    SafeTensors *st = st_open(path);
-    const char *mark = st_metadata(st, "training");
-    const char *step = st_metadata(st, "step"), *log = st_metadata(st, "log");
-    TbrModel *m = t->model;
-    real *block[3] = {m->param, t->m, t->v};
-    if (mark && step && log && !strcmp(mark, t->mark)) {
-      for (size_t i = 0; i < 3 * m->n_tensors; i++) {
-        const TbrTensor *tensor = &m->tensor[i % m->n_tensors];
-        char *name = format_string("%s%s", prefix[i / m->n_tensors],
-                                   tensor->name);
-        read_tensor(st, tensor, name, block[i / m->n_tensors]);
-        free(name);
-      }
-      t->step = (size_t)strtoull(step, NULL, 10);
-      buf_clear(&t->log);
-      buf_str(&t->log, log);
-      fprintf(stderr, "tbr: %s: going on from step %zu\n", t->directory,
-              t->step);
-    } else {
-      fprintf(stderr, "tbr: %s: belongs to another training; starting over\n",
-              path);
+  SafeTensors *st = file_exists(path) ? st_open(path) : NULL;
+  const char *mark = st ? st_metadata(st, "training") : NULL;
+  const char *step = st ? st_metadata(st, "step") : NULL;
+  const char *log = st ? st_metadata(st, "log") : NULL;
+  if (mark && step && log && !strcmp(mark, t->mark)) {
+    for (size_t i = 0; i < 3 * t->model->n_tensors; i++) {
+      const TbrTensor *tensor;
+      real *block;
+      char *name = state_tensor(t, i, &tensor, &block);
+      read_tensor(st, tensor, name, block);
+      free(name);
     }
-    st_close(st);
+    t->step = (size_t)strtoull(step, NULL, 10);
+    buf_clear(&t->log);
+    buf_str(&t->log, log);
+    fprintf(stderr, "tbr: %s: going on from step %zu\n", t->directory, t->step);
+  } else if (st) {
+    fprintf(stderr, "tbr: %s: is of another training; starting over\n", path);
   }
+  if (st) st_close(st);
   free(path);
 }
 
@@ -5539,6 +5306,7 @@ enum { SLOTS = 64 };
 /* A model made ready for generation: transposed weights, cache, scratch. */
 typedef struct {
   const TbrModel *model;
+  real *block;      /* holds all of the numbers below */
   real *transposed; /* W^T of all matrices, at the places of W */
   Views *view;      /* of each layer */
   Mat classify;
@@ -5561,8 +5329,15 @@ static Decoder *decoder_new(const TbrModel *m, size_t slots, size_t length,
   const TbrConfig *c = &m->config;
   Decoder *d = mem_new(1, sizeof *d);
   size_t cached = times(times(c->layers, slots), times(kv_width(c), length));
+  Extent part[] = {{&d->transposed, m->n_params}, {&d->cache.keys, cached},
+                 {&d->cache.values, cached}, {&d->x, times(slots, c->dim)},
+                 {&d->norm, times(slots, c->dim)}, {&d->rstd, slots},
+                 {&d->logits, times(slots, c->vocab)}};
+  d->block = mem_parts(part, sizeof part / sizeof *part);
   d->model = m;
-  d->transposed = mem_raw(m->n_params, sizeof(real));
+  d->cache.slots = slots;
+  d->cache.length = length;
+  d->acts = acts_new(m, rows, 0);
   d->view = mem_new(c->layers, sizeof *d->view);
   for (size_t l = 0; l < c->layers; l++) {
     Layer w = layer_at(c, m->param, l), t = layer_at(c, d->transposed, l);
@@ -5573,22 +5348,12 @@ static Decoder *decoder_new(const TbrModel *m, size_t slots, size_t length,
   }
   d->classify = transpose(classifier(c, d->transposed),
                           classifier(c, m->param), c->vocab, c->dim);
-  d->cache.slots = slots;
-  d->cache.length = length;
-  d->cache.keys = mem_new(cached, sizeof(real));
-  d->cache.values = mem_new(cached, sizeof(real));
-  d->acts = acts_new(m, rows, 0);
-  d->x = mem_raw(times(slots, c->dim), sizeof(real));
-  d->norm = mem_raw(times(slots, c->dim), sizeof(real));
-  d->rstd = mem_raw(slots, sizeof(real));
-  d->logits = mem_raw(times(slots, c->vocab), sizeof(real));
   return d;
 }
 
 static void decoder_free(Decoder *d) {
-  free(d->transposed), free(d->view), free(d->cache.keys);
-  free(d->cache.values), tbr_acts_free(d->acts);
-  free(d->x), free(d->norm), free(d->rstd), free(d->logits), free(d);
+  tbr_acts_free(d->acts);
+  free(d->block), free(d->view), free(d);
 }
 
 /* One round: new tokens in, and d->logits (n_spans,vocab) behind the last
@@ -5869,24 +5634,36 @@ static char *split_answer(const TbrTokenizer *tok, const Marks *mark,
   return tbr_decode(tok, t->id + at, t->n - at, &n);
 }
 
-void tbr_answer(const TbrModel *m, const TbrTokenizer *tok, TbrExamples *e,
-                const TbrSampling *options, TbrAnswer *answer,
-                const char *label) {
+/* One answer of the model. */
+typedef struct {
+  char *reflection, *text; /* the first NULL if there is none */
+  int cut;                 /* the prompt was longer than the context */
+} Answer;
+
+/* Lets the model answer all prompts; a prompt that is too long is cut at its
+ * end. */
+static Answer *answer_all(const TbrModel *m, const TbrTokenizer *tok,
+                          const TbrExamples *e, const TbrSampling *options,
+                          const char *label) {
   Marks mark = marks_needed(tok);
   TbrSampling o = *options;
   TbrTokens *prompt = mem_new(e->n, sizeof *prompt);
+  Answer *answer = mem_new(e->n, sizeof *answer);
+  size_t room = m->config.context - 1; /* one for the answer's beginning */
   o.stop[0] = mark.eos;
   o.stop[1] = mark.bos;
   for (size_t i = 0; i < e->n; i++) {
-    tokens_prompt(&prompt[i], tok, &mark, e->row[i].prompt);
-    answer[i].cut = prompt[i].n > m->config.context;
-    if (answer[i].cut) prompt[i].n = m->config.context; /* its beginning */
+    TbrTokens *p = &prompt[i];
+    tokens_prompt(p, tok, &mark, e->row[i].prompt);
+    answer[i].cut = p->n > room;
+    if (answer[i].cut) p->id[room - 1] = mark.assistant, p->n = room;
   }
   TbrTokens *said = tbr_generate(m, prompt, e->n, &o, label);
   for (size_t i = 0; i < e->n; i++)
     answer[i].text = split_answer(tok, &mark, &said[i], &answer[i].reflection);
   tbr_answers_free(said, e->n);
   tbr_answers_free(prompt, e->n);
+  return answer;
 }
 
 /* The line of results for a label and type, new if need be. */
@@ -5906,8 +5683,9 @@ static TbrResult *result_line(TbrResults *r, const char *arm, uint64_t seed,
   return line;
 }
 
-void tbr_count(TbrResults *r, const char *arm, uint64_t seed,
-               const TbrExample *e, const TbrJudgement *j) {
+/* Counts one judgement. */
+static void count_judgement(TbrResults *r, const char *arm, uint64_t seed,
+                            const TbrExample *e, const TbrJudgement *j) {
   TbrResult *line = result_line(r, arm, seed, e->label ? e->label : "unknown",
                                 e->type ? e->type : "unknown");
   size_t *to = line->count;
@@ -5937,7 +5715,7 @@ static void xstest_row(Buf *b, const TbrExample *e, size_t i,
 }
 
 /* Adds one line of JSON with all that is known of an answer. */
-static void answer_row(Buf *b, const TbrExample *e, const TbrAnswer *a,
+static void answer_row(Buf *b, const TbrExample *e, const Answer *a,
                        const TbrJudgement *j, const char *arm, uint64_t seed) {
   buf_str(b, "{");
   json_field(b, "arm", arm);
@@ -5954,20 +5732,18 @@ static void answer_row(Buf *b, const TbrExample *e, const TbrAnswer *a,
 }
 
 size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
-                    TbrExamples *e, const TbrSampling *options,
+                    const TbrExamples *e, const TbrSampling *options,
                     const char *rule, const char *arm, uint64_t seed,
-                    const char *directory, TbrResults *results,
-                    const char *label) {
-  TbrAnswer *answer = mem_new(e->n, sizeof *answer);
+                    const char *directory, TbrResults *results) {
+  Answer *answer = answer_all(m, tok, e, options, arm);
   Buf rows = {0}, csv = {0};
   size_t cut = 0;
-  tbr_answer(m, tok, e, options, answer, label);
   buf_str(&csv, "id,type,prompt,completion,annotation_1,annotation_2,"
                 "agreement,final_label,strmatch_label\n");
   for (size_t i = 0; i < e->n; i++) {
     TbrJudgement j = tbr_judge(&e->row[i], answer[i].reflection,
                                answer[i].text, rule);
-    tbr_count(results, arm, seed, &e->row[i], &j);
+    count_judgement(results, arm, seed, &e->row[i], &j);
     answer_row(&rows, &e->row[i], &answer[i], &j, arm, seed);
     xstest_row(&csv, &e->row[i], i, answer[i].text, &j);
     cut += (size_t)answer[i].cut;
@@ -6004,97 +5780,81 @@ static const TbrOptions default_options = {
     .world = "data", .out = "out", .base = "", .model = "", .tokenizer = "",
     .general = "", .safety = "", .prompts = "", .text = "", .prompt = "",
     .in = "", .form = "native", .rule = "xstest", .reflection = "safety",
-    .style = "own", .too_long = "drop", .arm = "", .seed = 0, .seeds = 1,
-    .vocab = 1024, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
-    .hidden = 256, .context = 256, .pretrain_steps = 600,
-    .pretrain_batch = 22, .pretrain_window = 96, .pretrain_warmup = 50,
-    .steps = 150, .batch = 32, .warmup = 10, .rows = 4096, .save_every = 100,
-    .general_rows = 0, .safety_rows = 0, .limit = 0, .tokens = 160,
-    .show = 3, .pretrain_lr = 3e-3, .pretrain_decay = 0.05, .lr = 1e-3,
-    .decay = 0, .share = 0, .temperature = 0, .top_p = 1};
+    .style = "own", .too_long = "drop", .arm = "", .seeds = 1,
+    .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
+    .hidden = 256, .context = 256, .pretrain_steps = 3000,
+    .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
+    .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
+    .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,
+    .lr = 1e-3, .top_p = 1};
 
 /* How much of the built-in world one seed draws. */
-static const TbrWorldSizes default_sizes = {60000, 1500, 200, 400, 180, 150};
+static const TbrWorldSizes default_sizes = {66000, 1500, 1000, 400, 180, 150};
 
 #define FIELD(name) offsetof(TbrOptions, name)
-/* kind: s text, n whole number, d number; verbs: which ones take it. */
+/* kind: s text, n whole number, d number; verbs: the letters (see chapter 13)
+ * of those that take it. */
 static const struct {
   const char *name;
   char kind;
   size_t at;
   const char *verbs, *help;
 } option[] = {
-    {"world", 's', FIELD(world), "data ablate", "directory of the world's files"},
-    {"in", 's', FIELD(in), "data", "file of examples to convert; the built-in "
-                                "world if left out"},
-    {"form", 's', FIELD(form), "data", "native or messages"},
-    {"model", 's', FIELD(model), "show generate eval", "a model directory or a "
-                                                    "llama2.c .bin file"},
-    {"base", 's', FIELD(base), "train import ablate", "the model to begin with"},
-    {"tokenizer", 's', FIELD(tokenizer), "show pretrain train generate eval "
-     "import ablate", "tokenizer.json or tokenizer.bin; the model's own if "
-     "left out"},
-    {"text", 's', FIELD(text), "tokenizer pretrain", "text, a document a line"},
-    {"general", 's', FIELD(general), "train ablate", "file of general examples"},
-    {"safety", 's', FIELD(safety), "train ablate", "file of safety examples"},
-    {"prompts", 's', FIELD(prompts), "eval ablate", "file of prompts to answer"},
-    {"prompt", 's', FIELD(prompt), "generate", "the text to go on from, or to "
-                                            "answer"},
-    {"out", 's', FIELD(out), "data tokenizer pretrain train eval import ablate "
-     "report", "where to write (a directory; for data --in, a file)"},
-    {"arm", 's', FIELD(arm), "eval", "the name of the arm in the results"},
-    {"rule", 's', FIELD(rule), "eval judge ablate", "xstest or arditi"},
-    {"seed", 'n', FIELD(seed), "data pretrain train generate eval import ablate",
-     "of all that is random"},
-    {"seeds", 'n', FIELD(seeds), "ablate", "how many seeds, from --seed on"},
-    {"vocab", 'n', FIELD(vocab), "tokenizer ablate", "tokens of the vocabulary"},
-    {"dim", 'n', FIELD(dim), "pretrain ablate", "width of the model"},
-    {"layers", 'n', FIELD(layers), "pretrain ablate", "its layers"},
-    {"heads", 'n', FIELD(heads), "pretrain ablate", "its heads"},
-    {"kv-heads", 'n', FIELD(kv_heads), "pretrain ablate", "its key-value heads"},
-    {"hidden", 'n', FIELD(hidden), "pretrain ablate", "width of its SwiGLU"},
-    {"context", 'n', FIELD(context), "pretrain ablate", "its longest sequence"},
-    {"pretrain.steps", 'n', FIELD(pretrain_steps), "pretrain ablate",
-     "optimizer steps"},
-    {"pretrain.batch", 'n', FIELD(pretrain_batch), "pretrain ablate",
-     "windows a step"},
-    {"pretrain.window", 'n', FIELD(pretrain_window), "pretrain ablate",
-     "tokens in a window"},
-    {"pretrain.warmup", 'n', FIELD(pretrain_warmup), "pretrain ablate",
-     "steps of warm-up"},
-    {"pretrain.lr", 'd', FIELD(pretrain_lr), "pretrain ablate",
-     "peak learning rate"},
-    {"pretrain.decay", 'd', FIELD(pretrain_decay), "pretrain ablate",
-     "weight decay"},
-    {"train.steps", 'n', FIELD(steps), "train ablate", "optimizer steps"},
-    {"train.batch", 'n', FIELD(batch), "train ablate", "examples a step"},
-    {"train.warmup", 'n', FIELD(warmup), "train ablate", "steps of warm-up"},
-    {"train.lr", 'd', FIELD(lr), "train ablate", "peak learning rate"},
-    {"train.decay", 'd', FIELD(decay), "train ablate", "weight decay"},
-    {"reflection", 's', FIELD(reflection), "show train ablate",
-     "which examples reflect: none, safety or all"},
-    {"share", 'd', FIELD(share), "train ablate", "with safety: also this share "
-                                              "of the general examples"},
-    {"style", 's', FIELD(style), "train ablate", "the reflection: own, or a "
-     "control: filler, shuffled, label"},
-    {"general-rows", 'n', FIELD(general_rows), "train ablate",
-     "use the first N; 0: all"},
-    {"safety-rows", 'n', FIELD(safety_rows), "train ablate",
-     "use the first N; 0: all, and no safety file for none"},
-    {"too-long", 's', FIELD(too_long), "train ablate", "examples longer than the "
-     "context: drop or cut (they are counted)"},
-    {"rows", 'n', FIELD(rows), "pretrain train ablate", "tokens at a time; more "
-     "are gathered in parts (gradient accumulation)"},
-    {"save-every", 'n', FIELD(save_every), "pretrain train ablate",
-     "steps between checkpoints; 0: none"},
-    {"limit", 'n', FIELD(limit), "eval ablate", "only the first N prompts; 0: "
-                                             "all"},
-    {"tokens", 'n', FIELD(tokens), "generate eval ablate", "most new tokens"},
-    {"temperature", 'd', FIELD(temperature), "generate eval ablate",
-     "0: the likeliest token"},
-    {"top-p", 'd', FIELD(top_p), "generate eval ablate", "share of the mass to "
-                                                      "draw from"},
-    {"show", 'n', FIELD(show), "show data", "how many examples"}};
+    {"world", 's', FIELD(world), "da", "directory of the world's files"},
+    {"in", 's', FIELD(in), "d", "examples to convert; none: make the world's"},
+    {"form", 's', FIELD(form), "d", "to convert to: native or messages"},
+    {"model", 's', FIELD(model), "sge", "a model directory, or a .bin file"},
+    {"base", 's', FIELD(base), "tma", "the model to begin with"},
+    {"tokenizer", 's', FIELD(tokenizer), "sptgema", "if not beside the model"},
+    {"text", 's', FIELD(text), "kp", "text, a document a line"},
+    {"general", 's', FIELD(general), "ta", "file of general examples"},
+    {"safety", 's', FIELD(safety), "ta", "file of safety examples; in grids "
+                                         "also none"},
+    {"prompts", 's', FIELD(prompts), "ea", "file of prompts to answer"},
+    {"prompt", 's', FIELD(prompt), "g", "the text to answer or to go on from"},
+    {"out", 's', FIELD(out), "dkptemar", "where to write: a directory; with "
+                                         "--in, a file"},
+    {"arm", 's', FIELD(arm), "e", "the arm's name in the results"},
+    {"rule", 's', FIELD(rule), "eja", "to judge by: xstest or arditi"},
+    {"seed", 'n', FIELD(seed), "dptgea", "of all that is random"},
+    {"seeds", 'n', FIELD(seeds), "a", "how many seeds, from --seed on"},
+    {"vocab", 'n', FIELD(vocab), "ka", "tokens in the vocabulary"},
+    {"dim", 'n', FIELD(dim), "pa", "width of the model"},
+    {"layers", 'n', FIELD(layers), "pa", "layers of the model"},
+    {"heads", 'n', FIELD(heads), "pa", "heads of a layer"},
+    {"kv-heads", 'n', FIELD(kv_heads), "pa", "key-value heads of a layer"},
+    {"hidden", 'n', FIELD(hidden), "pa", "width of a layer's SwiGLU"},
+    {"context", 'n', FIELD(context), "pa", "tokens of the longest sequence"},
+    {"pretrain.steps", 'n', FIELD(pretrain_steps), "pa", "optimizer steps"},
+    {"pretrain.batch", 'n', FIELD(pretrain_batch), "pa", "windows a step"},
+    {"pretrain.window", 'n', FIELD(pretrain_window), "pa", "tokens a window"},
+    {"pretrain.warmup", 'n', FIELD(pretrain_warmup), "pa", "warm-up steps"},
+    {"pretrain.lr", 'd', FIELD(pretrain_lr), "pa", "peak learning rate"},
+    {"pretrain.decay", 'd', FIELD(pretrain_decay), "pa", "weight decay"},
+    {"train.steps", 'n', FIELD(steps), "ta", "optimizer steps"},
+    {"train.batch", 'n', FIELD(batch), "ta", "examples a step"},
+    {"train.warmup", 'n', FIELD(warmup), "ta", "warm-up steps"},
+    {"train.lr", 'd', FIELD(lr), "ta", "peak learning rate"},
+    {"train.decay", 'd', FIELD(decay), "ta", "weight decay"},
+    {"reflection", 's', FIELD(reflection), "sta", "on which examples: none, "
+                                                  "safety or all"},
+    {"share", 'd', FIELD(share), "ta", "with safety: and on this share of "
+                                       "general ones"},
+    {"style", 's', FIELD(style), "ta", "own; or a control: filler, shuffled, "
+                                       "label"},
+    {"general-rows", 'n', FIELD(general_rows), "ta", "the first N; 0: all"},
+    {"safety-rows", 'n', FIELD(safety_rows), "ta", "the first N; 0: all"},
+    {"too-long", 's', FIELD(too_long), "ta", "rows beyond the context: drop "
+                                             "or cut"},
+    {"rows", 'n', FIELD(rows), "pta", "tokens at a time; more are accumulated"},
+    {"save-every", 'n', FIELD(save_every), "pta", "steps between checkpoints"},
+    {"limit", 'n', FIELD(limit), "ea", "the first N prompts; 0: all"},
+    {"tokens", 'n', FIELD(tokens), "gea", "new tokens at most"},
+    {"temperature", 'd', FIELD(temperature), "gea", "0: the likeliest token"},
+    {"top-p", 'd', FIELD(top_p), "gea", "share of the mass to draw from"},
+    {"show", 'n', FIELD(show), "s", "how many examples"},
+    {"threads", 'n', FIELD(threads), "xdsktpgejarim", "0: all cores; no result "
+                                                      "depends on it"}};
 
 enum { OPTIONS = sizeof option / sizeof *option };
 
@@ -6102,39 +5862,27 @@ enum { OPTIONS = sizeof option / sizeof *option };
 static void option_set(TbrOptions *o, size_t which, const char *value,
                        const char *where) {
   char *end, *at = (char *)o + option[which].at;
-  const char *name = option[which].name;
   if (option[which].kind == 's') {
     memcpy(at, &value, sizeof value);
     return;
   }
   double x = strtod(value, &end);
-  if (end == value || *end || !(x >= 0 && x <= 1e15))
-    tbr_fail("%s: \"%s\" for %s is no number from 0 on", where, value, name);
-  if (option[which].kind == 'n') {
-    size_t n = (size_t)x;
-    if ((double)n != x)
-      tbr_fail("%s: \"%s\" for %s is no whole number", where, value, name);
-    memcpy(at, &n, sizeof n);
-  } else {
-    memcpy(at, &x, sizeof x);
-  }
+  if (end == value || *end || !(x >= 0 && x <= 1e9))
+    tbr_fail("%s: \"%s\" is no number from 0 to 1e9", where, value);
+  size_t n = (size_t)x;
+  if (option[which].kind == 'd') memcpy(at, &x, sizeof x);
+  else if ((double)n == x) memcpy(at, &n, sizeof n);
+  else tbr_fail("%s: \"%s\" is no whole number", where, value);
 }
 
-/* Whether an option belongs to a verb. */
-static int option_of(size_t which, const char *verb) {
-  const char *s = option[which].verbs;
-  for (size_t n = strlen(verb); *s; s += strcspn(s, " "), s += *s == ' ')
-    if (!strncmp(s, verb, n) && (s[n] == ' ' || s[n] == 0)) return 1;
-  return 0;
-}
-
-/* The option of a verb by its name, or by its name behind "verb."; OPTIONS if
- * there is none. */
-static size_t option_find(const char *name, size_t n, const char *verb) {
+/* The option of a verb (with its letter) that `name` with n letters names, in
+ * full or without "VERB."; OPTIONS if there is none. */
+static size_t option_find(const char *name, size_t n, const char *verb,
+                          char letter) {
   for (size_t i = 0; i < OPTIONS; i++) {
     const char *full = option[i].name;
     size_t v = strlen(verb);
-    if (!option_of(i, verb)) continue;
+    if (!strchr(option[i].verbs, letter)) continue;
     if (strlen(full) == n && !strncmp(full, name, n)) return i;
     if (!strncmp(full, verb, v) && full[v] == '.' &&
         strlen(full + v + 1) == n && !strncmp(full + v + 1, name, n))
@@ -6143,21 +5891,21 @@ static size_t option_find(const char *name, size_t n, const char *verb) {
   return OPTIONS;
 }
 
-/* Fails unless value is one of the words in choices. */
-static void check_choice(const char *name, const char *value,
-                         const char *choices) {
-  size_t n = strlen(value);
-  for (const char *s = choices; *s; s += strcspn(s, " "), s += *s == ' ')
-    if (n && !strncmp(s, value, n) && (s[n] == ' ' || s[n] == 0)) return;
-  tbr_fail("%s cannot be \"%s\"; it is one of: %s", name, value, choices);
-}
-
-void tbr_options_check(const TbrOptions *o) {
-  check_choice("--reflection", o->reflection, "none safety all");
-  check_choice("--style", o->style, "own filler shuffled label");
-  check_choice("--too-long", o->too_long, "drop cut");
-  check_choice("--rule", o->rule, "xstest arditi");
-  check_choice("--form", o->form, "native messages");
+/* Fails if a word or a share among the options is none that is known. */
+static void options_check(const TbrOptions *o) {
+  const char *const word[][3] = {
+      {"reflection", o->reflection, " none safety all "},
+      {"style", o->style, " own filler shuffled label "},
+      {"too-long", o->too_long, " drop cut "},
+      {"rule", o->rule, " xstest arditi "},
+      {"form", o->form, " native messages "}};
+  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
+    char *padded = format_string(" %s ", word[i][1]);
+    if (!strstr(word[i][2], padded) || strchr(word[i][1], ' '))
+      tbr_fail("--%s cannot be \"%s\"; it is one of:%s", word[i][0], word[i][1],
+               word[i][2]);
+    free(padded);
+  }
   if (o->share > 1 || o->top_p > 1)
     tbr_fail("--share and --top-p are shares: from 0 to 1");
 }
@@ -6168,19 +5916,24 @@ void tbr_options_check(const TbrOptions *o) {
  * `arm NAME option=value ...`. The text must live as long as the grid. */
 typedef struct {
   char *text;
-  TbrOptions shared;
-  TbrOptions *arm;
+  TbrOptions shared, *arm;
   size_t arms, cap;
 } Grid;
 
-/* Sets the option that "name" with n letters names, or fails. */
-static void grid_set(TbrOptions *o, const char *name, size_t n,
-                     const char *value, const char *where) {
-  size_t which = option_find(name, n, "ablate");
+/* Sets the option in "name = value", divided in place, or fails. */
+static void grid_set(TbrOptions *o, char *text, const char *where) {
+  char *equals = strchr(text, '=');
+  if (!equals)
+    tbr_fail("%s: \"%s\" should be option=value", where, text);
+  *equals = 0;
+  text = trim(text);
+  size_t which = option_find(text, strlen(text), "ablate", 'a');
   if (which == OPTIONS)
-    tbr_fail("%s: there is no option \"%.*s\"; `tbr help ablate` lists them",
-             where, (int)n, name);
-  option_set(o, which, value, where);
+    tbr_fail("%s: there is no option \"%s\"; `tbr help ablate` lists them",
+             where, text);
+  char *place = format_string("%s: %s", where, text);
+  option_set(o, which, trim(equals + 1), place);
+  free(place);
 }
 
 /* One line `arm NAME option=value ...`, divided in place. */
@@ -6190,22 +5943,18 @@ static void grid_arm(Grid *g, char *line, const char *where) {
   TbrOptions *o = &g->arm[g->arms];
   *o = g->shared;
   o->arm = word;
-  if (!word || strchr(word, '=') || strchr(word, '/') || strlen(word) > 40)
+  if (!word || strpbrk(word, "=/") || strlen(word) > 40)
     tbr_fail("%s: an arm needs a name: `arm NAME option=value ...`", where);
   for (size_t i = 0; i < g->arms; i++)
     if (!strcmp(g->arm[i].arm, word))
       tbr_fail("%s: there is an arm \"%s\" already", where, word);
-  while ((word = strtok(NULL, " \t"))) {
-    char *equals = strchr(word, '=');
-    if (!equals)
-      tbr_fail("%s: \"%s\" should be option=value", where, word);
-    grid_set(o, word, (size_t)(equals - word), equals + 1, where);
-  }
+  while ((word = strtok(NULL, " \t"))) grid_set(o, word, where);
+  options_check(o);
   g->arms++;
 }
 
-/* Reads a grid; options in `over` (a list name, value, name, value ..., NULL)
- * take the place of what the file says for all. */
+/* Reads a grid; `over` (names and values in turn, then NULL) takes the place
+ * of what the file says for all. */
 static Grid grid_read(const char *path, const char *const *over) {
   Grid g = {read_file(path, NULL), default_options, NULL, 0, 0};
   size_t number = 0;
@@ -6217,23 +5966,18 @@ static Grid grid_read(const char *path, const char *const *over) {
     line[strcspn(line, "#")] = 0;
     line = trim(line);
     if (!strncmp(line, "arm ", 4)) {
-      if (!g.arms)
-        for (size_t i = 0; over[i]; i += 2)
-          grid_set(&g.shared, over[i], strlen(over[i]), over[i + 1],
-                   "command line");
+      for (size_t i = 0; !g.arms && over[i]; i += 2)
+        option_set(&g.shared,
+                   option_find(over[i], strlen(over[i]), "ablate", 'a'),
+                   over[i + 1], over[i]);
       grid_arm(&g, line + 4, where);
+    } else if (*line && g.arms) {
+      tbr_fail("%s: what holds for all must stand before the first arm", where);
     } else if (*line) {
-      char *equals = strchr(line, '=');
-      if (!equals || g.arms)
-        tbr_fail("%s: should be `option = value` (before all arms) or `arm "
-                 "NAME option=value ...`", where);
-      *equals = 0;
-      line = trim(line);
-      grid_set(&g.shared, line, strlen(line), trim(equals + 1), where);
+      grid_set(&g.shared, line, where);
     }
   }
   if (!g.arms) tbr_fail("%s: names no arm: `arm NAME option=value ...`", path);
-  for (size_t a = 0; a < g.arms; a++) tbr_options_check(&g.arm[a]);
   return g;
 }
 
@@ -6266,77 +6010,47 @@ static Pair pair_load(const char *model, const char *tokenizer) {
   return p;
 }
 
-/* Adds the marks of the dialogue, where a base model lacks them. */
-static void pair_add_marks(Pair *p, uint64_t seed) {
-  tbr_tokenizer_add_marks(p->tok);
-  size_t vocab = tbr_tokenizer_vocab(p->tok);
-  if (vocab > p->model->config.vocab)
-    p->model = model_widen(p->model, vocab, seed);
-}
-
-/* The reflection that a row gets under the arm's style; fresh, or NULL. */
-static char *styled(const TbrOptions *o, const TbrExamples *e, size_t i,
-                    const size_t *other) {
-  const TbrExample *row = &e->row[i];
-  const char *s = row->reflection;
-  if (!strcmp(o->style, "filler")) s = row->filler;
-  if (!strcmp(o->style, "label")) s = row->label_only;
-  if (!strcmp(o->style, "shuffled")) s = e->row[other[i]].reflection;
-  return s ? copy_string(s) : NULL;
-}
-
-/* What became of the rows of a file. */
-typedef struct {
-  size_t rows, cut, dropped, reflecting, tokens;
-} RowCount;
-
-/* Adds the first `most` rows (0: all) of e as sequences; safety rows reflect
- * unless the arm says none, general rows by the arm's share. */
-static RowCount add_rows(TbrSequences *s, const TbrTokenizer *tok,
-                         const TbrExamples *e, const TbrOptions *o, int safety,
-                         size_t most, size_t context) {
-  RowCount c = {0};
-  size_t *order = mem_new(e->n, sizeof *order);
-  size_t *other = mem_new(e->n, sizeof *other);
+/* Adds the first `most` rows (0: all) of a file as sequences, and a line on
+ * what became of them to the report. Safety rows reflect unless the arm says
+ * none, general rows by the arm's share; the style says what stands there. */
+static void add_rows(TbrSequences *s, const TbrTokenizer *tok,
+                     const char *path, const TbrOptions *o, int safety,
+                     size_t most, size_t context, Buf *report) {
+  TbrExamples e = tbr_examples_read(path);
+  size_t *order = mem_new(e.n, sizeof *order), *other;
+  size_t fate[3] = {0}, reflecting = 0, rows = 0;
   Rng rng = rng_stream(o->seed, FOR_ARMS, (uint64_t)safety);
-  double share = !strcmp(o->reflection, "all") ? 1 : safety ? 1 : o->share;
-  shuffle(order, e->n, &rng);
-  for (size_t i = 0; i < e->n; i++) other[order[i]] = order[(i + 1) % e->n];
-  for (size_t i = 0; i < e->n && (!most || i < most); i++) {
-    double draw = rng_uniform(&rng);
-    int reflect = strcmp(o->reflection, "none") && draw < share;
-    TbrExample row = e->row[i];
-    row.reflection = reflect ? styled(o, e, i, other) : NULL;
-    size_t before = s->n ? s->first[s->n] : 0;
-    int fate = tbr_example_sequence(s, tok, &row, 1, context,
+  double share = !strcmp(o->reflection, "none") ? 0
+                 : safety || !strcmp(o->reflection, "all") ? 1 : o->share;
+  shuffle(order, e.n, &rng);
+  other = mem_new(e.n, sizeof *other); /* whose reflection, if shuffled */
+  for (size_t i = 0; i < e.n; i++) other[order[i]] = order[(i + 1) % e.n];
+  for (; rows < e.n && (!most || rows < most); rows++) {
+    TbrExample row = e.row[rows];
+    if (!strcmp(o->style, "filler")) row.reflection = row.filler;
+    if (!strcmp(o->style, "label")) row.reflection = row.label_only;
+    if (!strcmp(o->style, "shuffled"))
+      row.reflection = e.row[other[rows]].reflection;
+    int reflect = rng_uniform(&rng) < share && row.reflection;
+    int what = tbr_example_sequence(s, tok, &row, reflect, context,
                                     !strcmp(o->too_long, "cut"));
-    c.rows++;
-    c.cut += fate == 1;
-    c.dropped += fate == 2;
-    c.reflecting += row.reflection && fate != 2;
-    c.tokens += (s->n ? s->first[s->n] : 0) - before;
-    free(row.reflection);
+    fate[what]++;
+    reflecting += reflect && what != 2;
   }
-  free(order);
-  free(other);
-  return c;
-}
-
-/* Adds a line on one file of rows to the report; says aloud what was lost. */
-static void count_rows(Buf *b, const char *path, const RowCount *c,
-                       size_t context) {
-  buf_printf(b, "{\"file\": ");
-  json_quote(b, path, strlen(path));
-  buf_printf(b, ", \"rows\": %zu, \"reflecting\": %zu, \"cut\": %zu, "
-             "\"dropped\": %zu, \"tokens\": %zu}\n", c->rows, c->reflecting,
-             c->cut, c->dropped, c->tokens);
-  if (c->cut + c->dropped)
+  buf_str(report, "{\"file\": ");
+  json_quote(report, path, strlen(path));
+  buf_printf(report, ", \"rows\": %zu, \"reflecting\": %zu, \"cut\": %zu, "
+             "\"dropped\": %zu}\n", rows, reflecting, fate[1], fate[2]);
+  if (fate[1] + fate[2])
     fprintf(stderr, "tbr: %s: %zu of %zu rows are longer than the context of "
-            "%zu tokens: %zu cut, %zu dropped\n", path, c->cut + c->dropped,
-            c->rows, context, c->cut, c->dropped);
+            "%zu tokens: %zu cut, %zu dropped\n", path, fate[1] + fate[2],
+            rows, context, fate[1], fate[2]);
+  free(order), free(other);
+  tbr_examples_free(&e);
 }
 
-TbrTraining tbr_training_of(const TbrOptions *o, int pretraining) {
+/* The recipe of a training among the options. */
+static TbrTraining training_of(const TbrOptions *o, int pretraining) {
   TbrTraining t = {
       .steps = pretraining ? o->pretrain_steps : o->steps,
       .batch = pretraining ? o->pretrain_batch : o->batch,
@@ -6354,21 +6068,17 @@ void tbr_finetune(const TbrOptions *o, const char *directory) {
   TbrSequences s = {0};
   Buf report = {0};
   size_t context = p.model->config.context;
-  const char *const file[2] = {o->general, o->safety};
-  pair_add_marks(&p, o->seed);
-  for (int safety = 0; safety < 2; safety++) {
-    if (!*file[safety]) continue;
-    TbrExamples e = tbr_examples_read(file[safety]);
-    RowCount c = add_rows(&s, p.tok, &e, o, safety,
-                          safety ? o->safety_rows : o->general_rows, context);
-    count_rows(&report, file[safety], &c, context);
-    tbr_examples_free(&e);
-  }
+  tbr_tokenizer_add_marks(p.tok);
+  if (tbr_tokenizer_vocab(p.tok) > p.model->config.vocab)
+    p.model = model_widen(p.model, tbr_tokenizer_vocab(p.tok), o->seed);
+  if (*o->general)
+    add_rows(&s, p.tok, o->general, o, 0, o->general_rows, context, &report);
+  if (*o->safety)
+    add_rows(&s, p.tok, o->safety, o, 1, o->safety_rows, context, &report);
   if (!s.n)
     tbr_fail("no examples to train on: --general and --safety name files%s",
-             *o->general || *o->safety
-                 ? "; all rows in them are longer than the context" : "");
-  TbrTraining t = tbr_training_of(o, 0);
+             report.n ? "; all rows in them are longer than the context" : "");
+  TbrTraining t = training_of(o, 0);
   tbr_train(p.model, p.tok, &s, &t, directory, *o->arm ? o->arm : "train");
   char *path = path_in(directory, "rows.jsonl");
   write_file(path, report.s, report.n);
@@ -6398,7 +6108,7 @@ void tbr_pretrain(const TbrOptions *o, const char *directory) {
   TbrModel *m = tbr_model_new(&c);
   tbr_model_init(m, o->seed);
   tbr_text_sequences(&s, tok, text, n, o->pretrain_window);
-  TbrTraining t = tbr_training_of(o, 1);
+  TbrTraining t = training_of(o, 1);
   tbr_train(m, tok, &s, &t, directory, "pretrain");
   tbr_sequences_free(&s);
   tbr_model_free(m);
@@ -6460,43 +6170,47 @@ static const char *const count_name[TBR_COUNTS] = {
     "n", "refusal", "compliance", "neither", "exact", "reflected",
     "against_itself"};
 
-/* Writes results as JSON Lines; cell is the mark of what they come from. */
-static void results_write(const char *path, const TbrResults *r,
+/* Writes results.jsonl, whose `cell` is the mark of what they come from, and
+ * results.csv into a directory. */
+static void results_write(const char *directory, const TbrResults *r,
                           const char *cell) {
-  Buf b = {0};
-  for (size_t i = 0; i < r->n; i++) {
+  Buf b = {0}, csv = {0};
+  buf_str(&b, "");
+  buf_str(&csv, "arm,seed,label,type");
+  for (size_t c = 0; c < TBR_COUNTS; c++)
+    buf_printf(&csv, ",%s", count_name[c]);
+  for (const TbrResult *x = r->row; x < r->row + r->n; x++) {
     buf_str(&b, "{");
-    json_field(&b, "arm", r->row[i].arm);
-    buf_printf(&b, ", \"seed\": %llu", (unsigned long long)r->row[i].seed);
-    json_field(&b, "label", r->row[i].label);
-    json_field(&b, "type", r->row[i].type);
-    for (size_t c = 0; c < TBR_COUNTS; c++)
-      buf_printf(&b, ", \"%s\": %zu", count_name[c], r->row[i].count[c]);
+    json_field(&b, "arm", x->arm);
+    buf_printf(&b, ", \"seed\": %llu", (unsigned long long)x->seed);
+    json_field(&b, "label", x->label);
+    json_field(&b, "type", x->type);
+    buf_str(&csv, "\n");
+    csv_quote(&csv, x->arm);
+    buf_printf(&csv, ",%llu,", (unsigned long long)x->seed);
+    csv_quote(&csv, x->label);
+    buf_str(&csv, ",");
+    csv_quote(&csv, x->type);
+    for (size_t c = 0; c < TBR_COUNTS; c++) {
+      buf_printf(&b, ", \"%s\": %zu", count_name[c], x->count[c]);
+      buf_printf(&csv, ",%zu", x->count[c]);
+    }
     json_field(&b, "cell", cell);
     buf_str(&b, "}\n");
   }
-  write_file(path, b.s ? b.s : "", b.n);
-  buf_free(&b);
+  buf_str(&csv, "\n");
+  char *lines = path_in(directory, "results.jsonl");
+  char *table = path_in(directory, "results.csv");
+  write_file(lines, b.s, b.n);
+  write_file(table, csv.s, csv.n);
+  free(lines), free(table);
+  buf_free(&b), buf_free(&csv);
 }
 
-/* The same as CSV. */
-static void results_write_csv(const char *path, const TbrResults *r) {
-  Buf b = {0};
-  buf_str(&b, "arm,seed,label,type");
-  for (size_t c = 0; c < TBR_COUNTS; c++) buf_printf(&b, ",%s", count_name[c]);
-  buf_char(&b, '\n');
-  for (size_t i = 0; i < r->n; i++) {
-    csv_quote(&b, r->row[i].arm);
-    buf_printf(&b, ",%llu,", (unsigned long long)r->row[i].seed);
-    csv_quote(&b, r->row[i].label);
-    buf_char(&b, ',');
-    csv_quote(&b, r->row[i].type);
-    for (size_t c = 0; c < TBR_COUNTS; c++)
-      buf_printf(&b, ",%zu", r->row[i].count[c]);
-    buf_char(&b, '\n');
-  }
-  write_file(path, b.s, b.n);
-  buf_free(&b);
+/* Adds the lines of one list of results to another. */
+static void results_add(TbrResults *to, const TbrResults *from) {
+  for (const TbrResult *x = from->row; x < from->row + from->n; x++)
+    *result_line(to, x->arm, x->seed, x->label, x->type) = *x;
 }
 
 /* Adds the results in a file; with cell, only if they carry that mark.
@@ -6553,20 +6267,14 @@ void tbr_eval(const TbrOptions *o, const char *directory,
     const char *arm = *o->arm ? o->arm : o->model;
     for (; o->limit && e.n > o->limit; e.n--) example_free(&e.row[e.n - 1]);
     size_t cut = tbr_evaluate(p.model, p.tok, &e, &s, o->rule, arm, o->seed,
-                              directory, &mine, arm);
+                              directory, &mine);
     if (cut)
       fprintf(stderr, "tbr: %s: %zu of %zu prompts are longer than the context "
               "and were cut\n", o->prompts, cut, e.n);
-    results_write(path, &mine, mark);
+    results_write(directory, &mine, mark);
   }
-  for (size_t i = 0; i < mine.n; i++) {
-    TbrResult *to = result_line(results, mine.row[i].arm, mine.row[i].seed,
-                                mine.row[i].label, mine.row[i].type);
-    *to = mine.row[i];
-  }
-  free(mine.row);
-  free(path);
-  free(text);
+  results_add(results, &mine);
+  free(mine.row), free(path), free(text);
   buf_free(&b);
   tbr_examples_free(&e);
   pair_free(&p);
@@ -6575,8 +6283,8 @@ void tbr_eval(const TbrOptions *o, const char *directory,
 /* One piece of work on a grid: a base to be pretrained, or an arm's cell. */
 typedef struct {
   TbrOptions o;
-  char *base, *text, *general, *safety, *prompts, *own; /* paths; own: the
-                                                           cell's directory */
+  char *base, *text, *general, *safety, *prompts; /* paths of the built-in */
+  char *own;                                      /* the cell's directory */
   TbrResults results;
 } Job;
 
@@ -6611,9 +6319,10 @@ static void run_jobs(void (*work)(Job *), Job **job, size_t n) {
 static uint64_t base_hash(const TbrOptions *o) {
   uint64_t h = HASH_START;
   for (size_t i = 0; i < OPTIONS; i++)
-    if (option[i].kind != 's' && option_of(i, "ablate") &&
-        (option_of(i, "pretrain") || option_of(i, "tokenizer")))
-      h = hash_bytes(h, (const char *)o + option[i].at, 8);
+    if (option[i].kind != 's' && strchr(option[i].verbs, 'a') &&
+        (strchr(option[i].verbs, 'p') || strchr(option[i].verbs, 'k')))
+      h = hash_bytes(h, (const char *)o + option[i].at,
+                     option[i].kind == 'n' ? sizeof(size_t) : sizeof(double));
   return h;
 }
 
@@ -6679,181 +6388,163 @@ void tbr_ablate(const char *grid, const char *const *over,
   run_jobs(job_base, base, bases);
   for (size_t i = 0; i < cells; i++) all[i] = &cell[i];
   run_jobs(job_cell, all, cells);
-  for (size_t i = 0; i < cells; i++)
-    for (size_t k = 0; k < cell[i].results.n; k++) {
-      const TbrResult *r = &cell[i].results.row[k];
-      *result_line(results, r->arm, r->seed, r->label, r->type) = *r;
-    }
-  char *path = path_in(g.shared.out, "results.jsonl");
-  results_write(path, results, grid);
-  free(path);
+  for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
+  make_directory(g.shared.out);
+  results_write(g.shared.out, results, grid);
   for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
   free(cell), free(base), free(all), free(g.arm), free(g.text);
 }
 
 /* ---- the report ------------------------------------------------------------------- */
 
-/* The sums of a count over all lines of an arm and a label; SIZE_MAX for the
- * seed stands for all seeds, NULL for the type for all types. */
+/* The sum of a count over the lines of an arm and a label; any seed if that
+ * is ANY_SEED, any type if that is NULL. */
+#define ANY_SEED UINT64_MAX
 static size_t total(const TbrResults *r, const char *arm, const char *label,
                     const char *type, uint64_t seed, size_t count) {
   size_t sum = 0;
-  for (size_t i = 0; i < r->n; i++)
-    if (!strcmp(r->row[i].arm, arm) && !strcmp(r->row[i].label, label) &&
-        (!type || !strcmp(r->row[i].type, type)) &&
-        (seed == UINT64_MAX || seed == r->row[i].seed))
-      sum += r->row[i].count[count];
+  for (const TbrResult *x = r->row; x < r->row + r->n; x++)
+    if (!strcmp(x->arm, arm) && !strcmp(x->label, label) &&
+        (!type || !strcmp(x->type, type)) &&
+        (seed == ANY_SEED || seed == x->seed))
+      sum += x->count[count];
   return sum;
 }
 
-/* Adds value to a list of distinct ones, if it is new. */
-static void distinct(const char **list, size_t *n, const char *value) {
-  for (size_t i = 0; i < *n; i++)
-    if (!strcmp(list[i], value)) return;
-  list[(*n)++] = value;
-}
-
-/* The seeds of an arm, in order of appearance. */
-static size_t seeds_of(const TbrResults *r, const char *arm, uint64_t *seed) {
-  size_t n = 0;
-  for (size_t i = 0; i < r->n; i++) {
-    size_t k = 0;
-    if (strcmp(r->row[i].arm, arm)) continue;
-    while (k < n && seed[k] != r->row[i].seed) k++;
-    if (k == n) seed[n++] = r->row[i].seed;
-  }
-  return n;
+/* Whether line i is the first of its arm (field 0) or of its type (1). */
+static int first_of(const TbrResults *r, size_t i, int field) {
+  const TbrResult *x = r->row;
+  for (size_t k = 0; k < i; k++)
+    if (!strcmp(field ? x[k].type : x[k].arm, field ? x[i].type : x[i].arm))
+      return 0;
+  return 1;
 }
 
 /* Adds one rate: count/n, the rate, Wilson's interval; from two seeds on the
- * mean over seeds and its t-interval. */
-static void rate_cell(Buf *b, const TbrResults *r, const char *arm,
-                      const char *label, size_t count) {
-  size_t k = total(r, arm, label, NULL, UINT64_MAX, count);
-  size_t n = total(r, arm, label, NULL, UINT64_MAX, TBR_N), found = 0;
-  uint64_t *seed = mem_new(r->n + 1, sizeof *seed);
-  double *rate = mem_new(r->n + 1, sizeof *rate), low, high;
-  size_t seeds = seeds_of(r, arm, seed);
-  for (size_t s = 0; s < seeds; s++) {
-    size_t of = total(r, arm, label, NULL, seed[s], TBR_N);
-    if (of)
-      rate[found++] = (double)total(r, arm, label, NULL, seed[s], count) /
-                      (double)of;
+ * mean over seeds with its t-interval, and Wilson's over all prompts. */
+static void add_rate(Buf *b, const TbrResults *r, const char *arm,
+                     const char *label, size_t count) {
+  size_t k = total(r, arm, label, NULL, ANY_SEED, count), seeds = 0;
+  size_t n = total(r, arm, label, NULL, ANY_SEED, TBR_N);
+  double *rate = mem_new(r->n, sizeof *rate), low, high, half, mean;
+  for (size_t i = 0; i < r->n; i++) {
+    size_t of = total(r, arm, label, NULL, r->row[i].seed, TBR_N), before = 0;
+    while (before < i && r->row[before].seed != r->row[i].seed) before++;
+    if (before == i && of)
+      rate[seeds++] = (double)total(r, arm, label, NULL, r->row[i].seed,
+                                    count) / (double)of;
   }
   tbr_wilson(k, n, &low, &high);
-  if (!n) buf_str(b, "-");
-  else if (found < 2)
-    buf_printf(b, "%zu/%zu %.3f [%.3f, %.3f]", k, n, rate[0], low, high);
-  else {
-    double half, mean = tbr_mean(rate, found, &half);
-    buf_printf(b, "%.3f +- %.3f [%.3f, %.3f]", mean, half, low, high);
-  }
-  free(seed);
+  mean = tbr_mean(rate, seeds, &half);
+  if (!n) buf_str(b, "\t-");
+  else if (seeds == 1) buf_printf(b, "\t%zu/%zu %.3f", k, n, mean);
+  else buf_printf(b, "\t%.3f +- %.3f", mean, half);
+  if (n) buf_printf(b, " [%.3f, %.3f]", low, high);
   free(rate);
 }
 
-/* Prints a table of cells as aligned Markdown into b. */
-static void table(Buf *b, char **cell, size_t rows, size_t columns) {
-  for (size_t i = 0; i < rows; i++) {
-    for (size_t c = 0; c < columns; c++) {
-      size_t wide = 3;
-      for (size_t k = 0; k < rows; k++)
-        if (strlen(cell[k * columns + c]) > wide)
-          wide = strlen(cell[k * columns + c]);
-      buf_printf(b, "%s %-*s ", "|", (int)wide, cell[i * columns + c]);
-    }
-    buf_str(b, "|\n");
-    for (size_t c = 0; i == 0 && c < columns; c++) {
-      size_t wide = 3;
-      for (size_t k = 0; k < rows; k++)
-        if (strlen(cell[k * columns + c]) > wide)
-          wide = strlen(cell[k * columns + c]);
-      buf_str(b, "|");
-      for (size_t k = 0; k < wide + 2; k++) buf_char(b, '-');
-    }
-    if (i == 0) buf_str(b, "|\n");
+/* Rewrites lines of cells divided by tabs as a Markdown table in columns. */
+static void align_table(Buf *to, const Buf *from) {
+  size_t wide[64] = {0}, column = 0, n = 0, line = 0;
+  for (size_t i = 0; i < from->n; i++) {
+    char c = from->s[i];
+    n = c == '\t' || c == '\n' ? 0 : n + 1;
+    if (column < 64 && n > wide[column]) wide[column] = n;
+    column = c == '\n' ? 0 : column + (c == '\t');
   }
-  for (size_t i = 0; i < rows * columns; i++) free(cell[i]);
+  for (const char *s = from->s; *s; column = 0, line++, s += *s == '\n') {
+    for (; *s && *s != '\n'; s += *s == '\t', column++) {
+      size_t len = strcspn(s, "\t\n"), pad = column < 64 ? wide[column] : len;
+      buf_printf(to, "| %.*s%*s ", (int)len, s, (int)(pad - len), "");
+      s += len;
+    }
+    buf_str(to, "|\n");
+    for (size_t c = 0; line == 0 && c < column; c++) {
+      buf_str(to, "|-");
+      for (size_t k = 0; c < 64 && k <= wide[c]; k++) buf_char(to, '-');
+    }
+    if (line == 0) buf_str(to, "|\n");
+  }
+  buf_char(to, '\n');
 }
 
-/* The columns of the main table. */
+/* The columns of the two tables of rates. */
 static const struct {
+  int table;
   const char *title, *label;
   size_t count;
 } rate_column[] = {
-    {"false refusal", "pseudo-harmful", TBR_REFUSAL},
-    {"helped", "pseudo-harmful", TBR_COMPLIANCE},
-    {"true refusal", "harmful", TBR_REFUSAL},
-    {"general exact", "harmless", TBR_EXACT},
-    {"general refused", "harmless", TBR_REFUSAL},
-    {"reflects on pseudo-harmful", "pseudo-harmful", TBR_REFLECTED}};
+    {0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
+    {0, "helped", "pseudo-harmful", TBR_COMPLIANCE},
+    {0, "true refusal", "harmful", TBR_REFUSAL},
+    {0, "general exact", "harmless", TBR_EXACT},
+    {1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
+    {1, "harmful", "harmful", TBR_REFLECTED},
+    {1, "general", "harmless", TBR_REFLECTED},
+    {1, "\"harmless\", yet refuses", "pseudo-harmful", TBR_AGAINST_ITSELF}};
 
 enum { RATES = sizeof rate_column / sizeof *rate_column };
 
-/* Adds the main table, an arm a row. */
-static void main_table(Buf *b, const TbrResults *r, const char **arm,
-                       size_t arms) {
-  char **cell = mem_new((arms + 1) * (RATES + 1), sizeof *cell);
-  cell[0] = copy_string("arm");
-  for (size_t c = 0; c < RATES; c++)
-    cell[c + 1] = copy_string(rate_column[c].title);
-  for (size_t a = 0; a < arms; a++) {
-    cell[(a + 1) * (RATES + 1)] = copy_string(arm[a]);
-    for (size_t c = 0; c < RATES; c++) {
-      Buf text = {0};
-      rate_cell(&text, r, arm[a], rate_column[c].label, rate_column[c].count);
-      cell[(a + 1) * (RATES + 1) + c + 1] = text.s;
-    }
+/* Adds a table of rates: an arm a row, and a column for each rate that there
+ * are prompts for. */
+static void rate_table(Buf *to, const TbrResults *r, int which) {
+  Buf b = {0};
+  int there[RATES] = {0};
+  buf_str(&b, "arm");
+  for (size_t c = 0; c < RATES; c++) {
+    for (size_t i = 0; i < r->n && rate_column[c].table == which; i++)
+      there[c] |= !strcmp(r->row[i].label, rate_column[c].label);
+    if (there[c]) buf_printf(&b, "\t%s", rate_column[c].title);
   }
-  table(b, cell, arms + 1, RATES + 1);
-  free(cell);
+  for (size_t i = 0; i < r->n; i++) {
+    if (!first_of(r, i, 0)) continue;
+    buf_printf(&b, "\n%s", r->row[i].arm);
+    for (size_t c = 0; c < RATES; c++)
+      if (there[c])
+        add_rate(&b, r, r->row[i].arm, rate_column[c].label,
+                 rate_column[c].count);
+  }
+  buf_char(&b, '\n');
+  align_table(to, &b);
+  buf_free(&b);
 }
 
-/* Adds the table of refusals by type, a type a row and an arm a column. */
-static void type_table(Buf *b, const TbrResults *r, const char **arm,
-                       size_t arms) {
-  const char **type = mem_new(r->n + 1, sizeof *type);
-  size_t types = 0, wide = arms + 2;
-  for (size_t i = 0; i < r->n; i++) distinct(type, &types, r->row[i].type);
-  char **cell = mem_new((types + 1) * wide, sizeof *cell);
-  cell[0] = copy_string("refused, by type");
-  cell[1] = copy_string("label");
-  for (size_t a = 0; a < arms; a++) cell[a + 2] = copy_string(arm[a]);
-  for (size_t t = 0; t < types; t++) {
-    const char *label = "";
-    for (size_t i = 0; i < r->n; i++)
-      if (!strcmp(r->row[i].type, type[t])) label = r->row[i].label;
-    cell[(t + 1) * wide] = copy_string(type[t]);
-    cell[(t + 1) * wide + 1] = copy_string(label);
-    for (size_t a = 0; a < arms; a++)
-      cell[(t + 1) * wide + a + 2] = format_string(
-          "%zu/%zu", total(r, arm[a], label, type[t], UINT64_MAX, TBR_REFUSAL),
-          total(r, arm[a], label, type[t], UINT64_MAX, TBR_N));
+/* Adds the table of refusals: a type a row and an arm a column. */
+static void type_table(Buf *to, const TbrResults *r) {
+  Buf b = {0};
+  buf_str(&b, "refused, by type\tlabel");
+  for (size_t i = 0; i < r->n; i++)
+    if (first_of(r, i, 0)) buf_printf(&b, "\t%s", r->row[i].arm);
+  for (size_t i = 0; i < r->n; i++) {
+    const TbrResult *x = &r->row[i];
+    if (!first_of(r, i, 1)) continue;
+    buf_printf(&b, "\n%s\t%s", x->type, x->label);
+    for (size_t k = 0; k < r->n; k++)
+      if (first_of(r, k, 0))
+        buf_printf(&b, "\t%zu/%zu",
+                   total(r, r->row[k].arm, x->label, x->type, ANY_SEED,
+                         TBR_REFUSAL),
+                   total(r, r->row[k].arm, x->label, x->type, ANY_SEED,
+                         TBR_N));
   }
-  table(b, cell, types + 1, wide);
-  free(cell);
-  free(type);
+  buf_char(&b, '\n');
+  align_table(to, &b);
+  buf_free(&b);
 }
 
 void tbr_report(const TbrResults *r, const char *directory) {
-  const char **arm = mem_new(r->n + 1, sizeof *arm);
-  size_t arms = 0;
   Buf b = {0};
-  for (size_t i = 0; i < r->n; i++) distinct(arm, &arms, r->row[i].arm);
-  main_table(&b, r, arm, arms);
-  buf_str(&b, "\nIn brackets: 95% intervals over prompts (Wilson); behind +-: "
+  rate_table(&b, r, 0);
+  rate_table(&b, r, 1);
+  buf_str(&b, "In brackets: 95% intervals over prompts (Wilson); behind +-: "
               "over seeds (t).\n\n");
-  type_table(&b, r, arm, arms);
+  type_table(&b, r);
   fwrite(b.s, 1, b.n, stdout);
   make_directory(directory);
-  char *markdown = path_in(directory, "report.md");
-  char *csv = path_in(directory, "results.csv");
-  write_file(markdown, b.s, b.n);
-  results_write_csv(csv, r);
-  free(markdown);
-  free(csv);
+  char *path = path_in(directory, "report.md");
+  write_file(path, b.s, b.n);
+  free(path);
   buf_free(&b);
-  free(arm);
 }
 
 /* ======================================================================
@@ -7054,14 +6745,7 @@ static int verb_judge(const TbrOptions *o, char **argument) {
 
 static int verb_ablate(const TbrOptions *o, char **argument) {
   TbrResults r = {0};
-  const char *over[2 * OPTIONS + 1];
-  size_t n = 0;
-  for (char **a = argument + 1; *a; a += 2) { /* as main left them */
-    over[n++] = a[0] + 2;
-    over[n++] = a[1];
-  }
-  over[n] = NULL;
-  tbr_ablate(argument[0], over, &r);
+  tbr_ablate(argument[0], (const char *const *)argument + 1, &r);
   tbr_report(&r, o->out);
   free(r.row);
   return 0;
@@ -7105,27 +6789,29 @@ static int verb_import(const TbrOptions *o, char **argument) {
 /* ---- main -------------------------------------------------------------------- */
 
 static const struct {
-  const char *name, *argument, *help;
+  const char *name;
+  char letter; /* in the table of options */
+  const char *argument, *help;
   int (*run)(const TbrOptions *o, char **argument);
 } verb[] = {
-    {"selftest", NULL, "trains a tiny model and compares its digest",
+    {"selftest", 'x', "", "trains a tiny model and compares its digest",
      verb_selftest},
-    {"data", NULL, "makes the built-in data, or converts a file (--in)",
+    {"data", 'd', "", "makes the built-in data, or converts a file (--in)",
      verb_data},
-    {"show", "FILE", "prints examples token by token with their loss mask",
+    {"show", 's', "FILE", "prints examples token by token with their loss mask",
      verb_show},
-    {"tokenizer", NULL, "learns a byte-level BPE from text", verb_tokenizer},
-    {"pretrain", NULL, "trains a new model on text", verb_pretrain},
-    {"train", NULL, "fine-tunes a model on examples", verb_train},
-    {"generate", NULL, "prints what a model says to a prompt", verb_generate},
-    {"eval", NULL, "answers prompts, judges, counts", verb_eval},
-    {"judge", "FILE.csv", "judges completions that are there already",
+    {"tokenizer", 'k', "", "learns a byte-level BPE from text", verb_tokenizer},
+    {"pretrain", 'p', "", "trains a new model on text", verb_pretrain},
+    {"train", 't', "", "fine-tunes a model on examples", verb_train},
+    {"generate", 'g', "", "prints what a model says to a prompt", verb_generate},
+    {"eval", 'e', "", "answers prompts, judges, counts", verb_eval},
+    {"judge", 'j', "FILE.csv", "judges completions that are there already",
      verb_judge},
-    {"ablate", "GRID", "trains and evaluates the arms of a grid file",
+    {"ablate", 'a', "GRID", "trains and evaluates the arms of a grid file",
      verb_ablate},
-    {"report", "RESULTS.jsonl", "prints the tables of results", verb_report},
-    {"info", "MODEL", "prints a model's shape and digest", verb_info},
-    {"import", NULL, "writes a model as a Hugging Face directory",
+    {"report", 'r', "RESULTS.jsonl", "prints the tables of results", verb_report},
+    {"info", 'i', "MODEL", "prints a model's shape and digest", verb_info},
+    {"import", 'm', "", "writes a model as a Hugging Face directory",
      verb_import}};
 
 enum { VERBS = sizeof verb / sizeof *verb };
@@ -7135,84 +6821,66 @@ static void help(FILE *f, size_t v) {
   if (v == VERBS) {
     fprintf(f, "usage: tbr VERB [--option value]...\n\n");
     for (size_t i = 0; i < VERBS; i++)
-      fprintf(f, "  %-10s %-14s %s\n", verb[i].name,
-              verb[i].argument ? verb[i].argument : "", verb[i].help);
+      fprintf(f, "  %-9s %-13s  %s\n", verb[i].name, verb[i].argument,
+              verb[i].help);
     fprintf(f, "\n`tbr help VERB` lists the options of a verb.\n");
     return;
   }
-  fprintf(f, "usage: tbr %s%s%s [--option value]...\n%s\n\n", verb[v].name,
-          verb[v].argument ? " " : "", verb[v].argument ? verb[v].argument : "",
-          verb[v].help);
+  fprintf(f, "usage: tbr %s %s%s[--option value]...\n%s\n\n", verb[v].name,
+          verb[v].argument, *verb[v].argument ? " " : "", verb[v].help);
   for (size_t i = 0; i < OPTIONS; i++) {
-    const char *at = (const char *)&default_options + option[i].at;
-    const char *name = option[i].name, *text;
-    size_t n = strlen(verb[v].name), whole;
-    double x;
-    if (!option_of(i, verb[v].name)) continue;
-    if (!strncmp(name, verb[v].name, n) && name[n] == '.') name += n + 1;
-    memcpy(&text, at, sizeof text);
-    memcpy(&whole, at, sizeof whole);
-    memcpy(&x, at, sizeof x);
+    const void *at = (const char *)&default_options + option[i].at;
+    const char *name = option[i].name, *dot = strchr(name, '.');
+    if (!strchr(option[i].verbs, verb[v].letter)) continue;
+    if (dot && !strncmp(name, verb[v].name, (size_t)(dot - name)))
+      name = dot + 1;
     fprintf(f, "  --%-16s %s", name, option[i].help);
-    if (option[i].kind == 's' && *text) fprintf(f, " (%s)", text);
-    if (option[i].kind == 'n') fprintf(f, " (%zu)", whole);
-    if (option[i].kind == 'd') fprintf(f, " (%g)", x);
+    if (option[i].kind == 's' && **(const char *const *)at)
+      fprintf(f, " (%s)", *(const char *const *)at);
+    if (option[i].kind == 'n') fprintf(f, " (%zu)", *(const size_t *)at);
+    if (option[i].kind == 'd') fprintf(f, " (%g)", *(const double *)at);
     fprintf(f, "\n");
   }
-  fprintf(f, "  --%-16s %s\n", "threads", "for all cores 0; no result "
-          "depends on it (0)");
 }
 
-/* Prints what is wrong with the usage, and returns its exit status. */
-TBR_PRINTF(2, 3)
-static int usage(size_t v, const char *format, ...) {
-  va_list args;
-  va_start(args, format);
+/* Says what is wrong with the usage, and returns its exit status. */
+static int usage(size_t v, const char *format, const char *word) {
   fprintf(stderr, "tbr: ");
-  vfprintf(stderr, format, args);
-  va_end(args);
-  fprintf(stderr, "\n\n");
-  help(stderr, v);
+  fprintf(stderr, format, word);
+  fprintf(stderr, "; see `tbr help%s%s`\n", v < VERBS ? " " : "",
+          v < VERBS ? verb[v].name : "");
   return 2;
 }
 
 int tbr_main(int argc, char **argv) {
   TbrOptions o = default_options;
-  size_t v = 0;
-  if (argc < 2) return usage(VERBS, "which verb?");
+  size_t v = 0, n = 0;
+  if (argc < 2) return usage(VERBS, "which verb%s?", "");
   int wants_help = !strcmp(argv[1], "help") || !strcmp(argv[1], "--help");
   const char *name = wants_help ? argc > 2 ? argv[2] : "" : argv[1];
   while (v < VERBS && strcmp(verb[v].name, name)) v++;
-  if (wants_help && (v < VERBS || !*name)) return help(stdout, v), 0;
-  if (v == VERBS) return usage(v, "there is no verb \"%s\"", name);
-  char **rest = argv + 2;
-  if (verb[v].argument) {
-    if (argc < 3 || !strncmp(argv[2], "--", 2))
-      return usage(v, "%s needs an argument: %s", name, verb[v].argument);
-    rest++;
+  if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
+  for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
+  if (wants_help) return help(stdout, v), 0;
+  char **rest = argv + 2, **argument = mem_new((size_t)argc + 1, sizeof *rest);
+  if (*verb[v].argument) { /* a word before the options */
+    if (!*rest || !strncmp(*rest, "--", 2))
+      return usage(v, "this verb needs an argument: %s", verb[v].argument);
+    argument[n++] = *rest++;
   }
-  char **arguments = mem_new((size_t)argc + 1, sizeof *arguments);
-  size_t n = 0;
-  if (verb[v].argument) arguments[n++] = argv[2];
   for (; *rest; rest += 2) {
-    size_t i = OPTIONS;
-    if (!strncmp(*rest, "--", 2))
-      i = option_find(*rest + 2, strlen(*rest + 2), name);
-    if (!strcmp(*rest, "--help")) return help(stdout, v), 0;
-    if (i == OPTIONS && strcmp(*rest, "--threads"))
-      return usage(v, "%s has no option \"%s\"", name, *rest);
+    char *word = strncmp(*rest, "--", 2) ? "" : *rest + 2;
+    size_t i = option_find(word, strlen(word), name, verb[v].letter);
+    if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *rest);
     if (!rest[1]) return usage(v, "%s needs a value", *rest);
-    if (i == OPTIONS) {
-      tbr_threads(atoi(rest[1]));
-      continue;
-    }
     option_set(&o, i, rest[1], *rest);
-    arguments[n++] = rest[0];
-    arguments[n++] = rest[1];
+    argument[n++] = word;
+    argument[n++] = rest[1];
   }
-  tbr_options_check(&o);
-  int status = verb[v].run(&o, arguments);
-  free(arguments);
+  options_check(&o);
+  tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
+  int status = verb[v].run(&o, argument);
+  free(argument);
   if (fflush(stdout) || ferror(stdout))
     tbr_fail("standard output cannot be written: %s", strerror(errno));
   return status;

@@ -1,10 +1,23 @@
-/* tbr.h: the public interface of tbr, Think Before Refusal in one C file. */
+/* tbr.h: the public interface of tbr, Think Before Refusal in one file of C.
+ *
+ * In the order in which a newcomer meets it: errors and threads, exact
+ * arithmetic, tokenizers, examples, the built-in world, sequences, the model,
+ * training, generation, judging, experiments. Shapes are (rows, columns),
+ * row-major; sizes count items, not bytes, unless they say so.
+ *
+ * No function returns an error: what goes wrong ends in tbr_fail. What a
+ * function returns by pointer is the caller's, to be freed by the function
+ * named beside it, or else by free.
+ *
+ * Compile tbr.c with -DTBR_NO_MAIN to link it into another program.
+ */
 #ifndef TBR_H
 #define TBR_H
 
 #include <stddef.h>
 #include <stdint.h>
 
+/* Numbers of the model. In double only to check gradients. */
 #ifdef TBR_DOUBLE
 typedef double tbr_real;
 #else
@@ -19,43 +32,82 @@ typedef float tbr_real;
 #define TBR_NORETURN
 #endif
 
+/* ---- errors and threads (chapter 1) -------------------------------------- */
+
 /* Ends what is going on with a message: removes half-written files, calls
  * the handler, and exits with status 1 if that returns. Never returns. */
 TBR_NORETURN TBR_PRINTF(1, 2) void tbr_fail(const char *format, ...);
 
-/* Sets the handler that tbr_fail calls; it may longjmp. NULL: print, exit. */
+/* Sets the handler that tbr_fail calls; it may longjmp, which leaks what was
+ * allocated on the way. NULL: print the message and exit. */
 void tbr_on_error(void (*handler)(const char *message));
 
 /* Threads of the parallel loops; 0 for all cores. No result depends on it. */
 void tbr_threads(int n);
 
+/* ---- exact arithmetic (chapters 2 and 3) --------------------------------- */
+
+/* These give the same bits on every IEEE 754 platform.
+ * soft_fmaf: a*b+c rounded once, without hardware for it (Boldo and
+ * Melquiond, 2008). exp: |x| held within 700, log: of positive numbers, sin
+ * and cos: |x| below 2^20; all within 4e-16 of the true value, relative (sin
+ * and cos: absolute). expf: x held within [-87, 88], relative error below
+ * 2e-7. */
 float tbr_soft_fmaf(float a, float b, float c);
 double tbr_exp(double x);
 double tbr_log(double x);
 double tbr_sin(double x);
 double tbr_cos(double x);
 float tbr_expf(float x);
+
+/* C (m,n) += A (m,k) B (k,n); with ta, a holds A^T (k,m), with tb, b holds
+ * B^T (n,k). Each element collects its products in ascending k, one fused
+ * multiply-add each, starting from what is in c. */
 void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
               const tbr_real *b, int tb, tbr_real *c);
+
+/* FNV-1a over the single-precision bits of n numbers, going on from hash (0:
+ * from the start). */
 uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n);
 
-/* ---- tokenizers */
+/* ---- tokenizers (chapter 5) ---------------------------------------------- */
+
 typedef struct TbrTokenizer TbrTokenizer;
-TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab_or_0);
+
+/* Reads a tokenizer.json, a directory that holds one, or llama2.c's
+ * tokenizer.bin (which must hold `vocab` tokens, unless that is 0). */
+TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
+
+/* Learns a byte-level BPE (Sennrich et al., 2016) from n bytes of text: the
+ * six marks, then 256 bytes, then merges until there are `vocab` tokens or no
+ * pair occurs twice. */
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab);
+
+/* Writes tokenizer.json and tokenizer_config.json as transformers has them. */
 void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory);
+void tbr_tokenizer_free(TbrTokenizer *tok);
 size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
+
+/* Text to *ids (fresh); returns how many. Never yields a special token:
+ * "<|eos|>" in text is seven characters like others. Decoding gives back the
+ * n bytes exactly; special tokens decode to nothing. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
                  size_t *n);
+
+/* The bytes of one token (of a special one its name), and whether it is
+ * special. */
 const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
 int tbr_token_special(const TbrTokenizer *tok, int32_t id);
+
+/* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
+ * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_special(TbrTokenizer *tok, const char *name);
-void tbr_tokenizer_free(TbrTokenizer *tok);
+void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
-/* For tbr.h. ---- Data ---- */
+/* ---- examples (chapter 6) ------------------------------------------------- */
 
 /* One example; what it doesn't have is NULL. */
 typedef struct {
@@ -65,10 +117,11 @@ typedef struct {
   char *source;     /* where it comes from */
   char *key;        /* words that an answer must hold to be on topic */
   char *id;
-  char *filler;     /* controls: as long as a reflection, and says nothing */
-  char *label_only; /* controls: the verdict of the reflection alone */
+  char *filler;     /* control: as long as a reflection, and says nothing */
+  char *label_only; /* control: the verdict of the reflection alone */
 } TbrExample;
 
+/* A list of examples, which starts as {0}. */
 typedef struct {
   TbrExample *row;
   size_t n, cap;
@@ -91,17 +144,61 @@ TbrExamples tbr_examples_read(const char *path);
  * stands in the assistant's turn as <think>...</think>. */
 void tbr_examples_write(const char *path, const TbrExamples *examples,
                         const char *form);
-
-/* Adds a copy. Starts with {0}. */
 void tbr_examples_add(TbrExamples *examples, TbrExample copy_of);
 void tbr_examples_free(TbrExamples *examples);
 
-/* How much tbr_world_make draws; see there. */
+/* How many documents and rows tbr_world_make draws. */
 typedef struct {
   size_t documents, general, safety, eval_pseudo, eval_harmful, eval_general;
 } TbrWorldSizes;
 
-/* ---- the model */
+/* Expands lexicon.txt and templates.txt of world_directory under a seed, and
+ * writes pretrain.txt (a document a line), general.jsonl, safety.jsonl and
+ * eval.jsonl into out_directory. Fails if anything of the tests occurs where
+ * it must not. */
+void tbr_world_make(const char *world_directory, uint64_t seed,
+                    const TbrWorldSizes *sizes, const char *out_directory);
+
+/* ---- sequences: tokens with their loss mask (chapter 6) -------------------- */
+
+/* A list of tokens, which starts as {0}. */
+typedef struct {
+  int32_t *id;
+  size_t n, cap;
+} TbrTokens;
+
+/* n sequences one after another; sequence i is first[i] .. first[i+1]-1.
+ * target[j] is the token that should follow id[j], or -1 where the loss
+ * doesn't count. Starts as {0}. */
+typedef struct {
+  size_t n, *first;
+  int32_t *id, *target;
+  size_t id_cap, target_cap, first_cap;
+} TbrSequences;
+
+void tbr_sequences_add(TbrSequences *s, const int32_t *id,
+                       const int32_t *target, size_t n);
+void tbr_sequences_free(TbrSequences *s);
+
+/* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
+ * response <|eos|>, with the loss on what stands behind <|assistant|>.
+ * Returns 0 if it fits into the context; else 1 if reflection and response
+ * were cut to fit (only with cut_long), 2 if it was left out. */
+int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
+                         const TbrExample *e, int reflect, size_t context,
+                         int cut_long);
+
+/* Adds text, a document a line, each behind <|bos|>, cut into windows; the
+ * loss counts everywhere. Returns the number of tokens. */
+size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
+                          const char *text, size_t n, size_t window);
+
+/* Prints one sequence: a line a token, or in colour as running text. */
+void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
+                       size_t which, int colour);
+
+/* ---- the model (chapters 7 and 8) ------------------------------------------ */
+
 typedef struct {
   size_t vocab, dim, layers, heads, kv_heads, head_dim, hidden, context;
   double rope_theta, norm_eps;
@@ -115,97 +212,113 @@ typedef struct {
   size_t rows, columns, at;
 } TbrTensor;
 
+/* A Llama (Touvron et al., 2023) with its n_params parameters in one block. */
 typedef struct {
   TbrConfig config;
   size_t n_tensors, n_params;
   TbrTensor *tensor;
-  tbr_real *param; /* n_params numbers */
+  tbr_real *param;
 } TbrModel;
 
-/* A model with all parameters zero; fails if the configuration is bad. */
+/* A model with all parameters zero; fails if the configuration is bad. init
+ * draws them: embedding with deviation 0.1, outputs of a layer 0.2 and other
+ * matrices 0.7 over the root of their inputs, norms 1. */
 TbrModel *tbr_model_new(const TbrConfig *config);
 void tbr_model_init(TbrModel *model, uint64_t seed);
 void tbr_model_free(TbrModel *model);
 
-/* Sequences one after another; target[i] is the token that should follow
- * id[i], or -1 where the loss doesn't count. Starts as {0}. */
+/* Reads a Hugging Face directory (config.json, model.safetensors), or
+ * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>. */
+TbrModel *tbr_model_load(const char *path);
+void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
+                    int32_t eos);
+
+/* Sequences that go through the model together, without padding; none sees
+ * another. Starts as {0}. */
 typedef struct {
   size_t n, n_seq, n_targets; /* tokens, sequences, tokens that count */
   int32_t *id, *target;       /* n each */
   size_t *length;             /* of each sequence */
   size_t id_cap, target_cap, length_cap;
 } TbrBatch;
+
 void tbr_batch_add(TbrBatch *batch, const int32_t *id, const int32_t *target,
                    size_t n);
 void tbr_batch_clear(TbrBatch *batch);
 void tbr_batch_free(TbrBatch *batch);
 
+/* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;
 TbrActs *tbr_acts_new(const TbrModel *model, size_t rows);
 void tbr_acts_free(TbrActs *acts);
+
+/* The sum of -log p(target) over the tokens that count, in nats. With grad
+ * (n_params, or NULL), adds scale times its gradient to grad. */
 double tbr_loss(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
                 tbr_real *grad, double scale);
+
+/* logits (batch->n, vocab) of every token. */
 void tbr_logits(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
                 tbr_real *logits);
 
-
-/* ---- examples to tokens */
-typedef struct {
-  int32_t *id;
-  size_t n, cap;
-} TbrTokens;
+/* ---- training (chapter 9) ---------------------------------------------------- */
 
 typedef struct {
-  size_t n, *first;
-  int32_t *id, *target;
-  size_t id_cap, target_cap, first_cap;
-} TbrSequences;
-void tbr_sequences_add(TbrSequences *s, const int32_t *id,
-                       const int32_t *target, size_t n);
-void tbr_sequences_free(TbrSequences *s);
-void tbr_tokenizer_add_marks(TbrTokenizer *tok);
-int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
-                         const TbrExample *e, int reflect, size_t context,
-                         int cut_long);
-size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
-                          const char *text, size_t n, size_t window);
-void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
-                       size_t which, int colour);
-
-/* ---- training */
-typedef struct {
-  size_t steps, batch, rows, warmup, save_every;
-  int cosine;
-  double lr, last, beta1, beta2, eps, decay, clip;
-  uint64_t seed;
+  size_t steps;      /* of the optimizer */
+  size_t batch;      /* sequences a step */
+  size_t rows;       /* tokens at a time: more are accumulated */
+  size_t warmup;     /* steps in which the rate rises */
+  size_t save_every; /* steps between checkpoints; 0: none */
+  int cosine;        /* the rate falls along half a cosine, else a line */
+  double lr, last;   /* its peak, and its end as a share of that */
+  double beta1, beta2, eps, decay, clip; /* AdamW; clip 0: no clipping */
+  uint64_t seed;     /* of the order of the data */
 } TbrTraining;
+
+/* Trains with AdamW (Loshchilov and Hutter, 2019) on the mean loss of each
+ * batch, and returns the last one. With a directory, a training that was
+ * killed goes on from its last checkpoint with the same bits, one that is
+ * done is not done again, and the model, tokenizer and log.csv are written
+ * there. label: of the progress line. */
 double tbr_train(TbrModel *model, const TbrTokenizer *tok,
                  const TbrSequences *s, const TbrTraining *options,
                  const char *directory, const char *label);
 
-TbrModel *tbr_model_load(const char *path);
-void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
-                    int32_t eos);
+/* ---- generation (chapter 10) --------------------------------------------------- */
 
-/* ---- generation */
 typedef struct {
-  double temperature, top_p;
-  size_t tokens;
-  int32_t stop[2];
+  double temperature; /* 0: always the likeliest token */
+  double top_p;       /* draw within this share of the mass; 1: all of it */
+  size_t tokens;      /* at most so many new ones */
+  int32_t stop[2];    /* a sequence ends before these; -1: none */
   uint64_t seed;
 } TbrSampling;
-TbrTokens *tbr_generate(const TbrModel *m, const TbrTokens *prompt, size_t n,
-                        const TbrSampling *options, const char *label);
+
+/* What follows each of n prompts (fresh; free with tbr_answers_free). An
+ * answer depends on its prompt, number and options alone. */
+TbrTokens *tbr_generate(const TbrModel *model, const TbrTokens *prompt,
+                        size_t n, const TbrSampling *options,
+                        const char *label);
 void tbr_answers_free(TbrTokens *answer, size_t n);
 
-/* ---- judging and evaluation */
+/* ---- judging and evaluation (chapter 11) ----------------------------------------- */
+
+/* Whether an answer refuses; a reflection in <think>...</think> before it is
+ * passed over. rule: "xstest" looks at how it begins (Roettger et al., 2024),
+ * "arditi" for phrases anywhere (Arditi et al., 2024). */
+int tbr_refuses(const char *answer, const char *rule);
+
 typedef struct {
-  int refusal, compliance, exact, reflected, against_itself;
+  int refusal;
+  int compliance;     /* no refusal, and the key in it, where there is one */
+  int exact;          /* just the expected response */
+  int reflected;
+  int against_itself; /* reflects that it is harmless, and refuses */
 } TbrJudgement;
-typedef struct {
-  char *reflection, *text;
-  int cut;
-} TbrAnswer;
+TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
+                       const char *answer, const char *rule);
+
+/* Counts for one arm, seed, label and type. */
 enum {
   TBR_N, TBR_REFUSAL, TBR_COMPLIANCE, TBR_NEITHER, TBR_EXACT, TBR_REFLECTED,
   TBR_AGAINST_ITSELF, TBR_COUNTS
@@ -219,21 +332,19 @@ typedef struct {
   TbrResult *row;
   size_t n, cap;
 } TbrResults;
-int tbr_refuses(const char *answer, const char *rule);
-TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
-                       const char *answer, const char *rule);
-void tbr_answer(const TbrModel *m, const TbrTokenizer *tok, TbrExamples *e,
-                const TbrSampling *options, TbrAnswer *answer,
-                const char *label);
-void tbr_count(TbrResults *r, const char *arm, uint64_t seed,
-               const TbrExample *e, const TbrJudgement *j);
-size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
-                    TbrExamples *e, const TbrSampling *options,
-                    const char *rule, const char *arm, uint64_t seed,
-                    const char *directory, TbrResults *results,
-                    const char *label);
 
-/* ---- options, grids, report */
+/* Lets the model answer all prompts, judges, counts into results, and writes
+ * completions.jsonl and completions.csv (XSTest's columns) into directory.
+ * Returns how many prompts were longer than the context, and so cut. */
+size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
+                    const TbrExamples *e, const TbrSampling *options,
+                    const char *rule, const char *arm, uint64_t seed,
+                    const char *directory, TbrResults *results);
+
+/* ---- experiments (chapter 12) ------------------------------------------------------ */
+
+/* Everything that a command line or a grid file can say; `tbr help VERB` has
+ * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
   const char *world, *out, *base, *model, *tokenizer, *general, *safety,
       *prompts, *text, *prompt, *in, *form, *rule, *reflection, *style,
@@ -241,25 +352,32 @@ typedef struct {
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
   size_t steps, batch, warmup, rows, save_every, general_rows, safety_rows;
-  size_t limit, tokens, show;
+  size_t limit, tokens, show, threads;
   double pretrain_lr, pretrain_decay, lr, decay, share, temperature, top_p;
 } TbrOptions;
-void tbr_options_check(const TbrOptions *options);
-TbrTraining tbr_training_of(const TbrOptions *options, int pretraining);
+
+/* The stages of an experiment, each from files to files in directory. */
 void tbr_make_tokenizer(const TbrOptions *options, const char *directory);
 void tbr_pretrain(const TbrOptions *options, const char *directory);
 void tbr_finetune(const TbrOptions *options, const char *directory);
 void tbr_eval(const TbrOptions *options, const char *directory,
               TbrResults *results);
+
+/* Runs every arm of a grid file under every seed. over: names and values, in
+ * turn, that take the place of what the grid says for all; then NULL. */
 void tbr_ablate(const char *grid, const char *const *over,
                 TbrResults *results);
+
+/* Prints the tables, and writes report.md and results.csv. */
 void tbr_report(const TbrResults *results, const char *directory);
+
+/* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
+ * the mean of n numbers with half of its 95% t-interval. */
 void tbr_wilson(size_t k, size_t n, double *low, double *high);
 double tbr_t_quantile(size_t freedom);
 double tbr_mean(const double *x, size_t n, double *half);
-void tbr_world_make(const char *world_directory, uint64_t seed,
-                    const TbrWorldSizes *sizes, const char *out_directory);
 
+/* The command line; returns the exit status. */
 int tbr_main(int argc, char **argv);
 
 #endif

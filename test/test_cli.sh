@@ -1,0 +1,283 @@
+#!/bin/sh
+# The command line: exit statuses, messages that name the place, nothing half
+# written, and whole runs that give the same bytes however they are run.
+. ./check.sh
+s=$scratch
+cd "$s" || exit 2 # what has no --out would land here
+
+# ---- verbs and options
+status 2 'which verb' "$TBR"
+status 2 'no verb "frobnicate"' "$TBR" frobnicate
+status 2 'no verb "frobnicate"' "$TBR" help frobnicate
+status 2 'needs an argument' "$TBR" judge
+status 2 'needs an argument' "$TBR" info --threads 1
+status 2 'no option "--colour"' "$TBR" generate --colour red
+status 2 'no option "--steps"' "$TBR" generate --steps 1
+status 2 'needs a value' "$TBR" selftest --threads
+status 0 '' "$TBR" help
+verbs=$("$TBR" help | sed -n 's/^  \([a-z]*\) .*/\1/p')
+is "$(echo $verbs)" 'selftest data show tokenizer pretrain train generate eval judge ablate report info import' 'the verbs'
+for verb in $verbs; do
+  "$TBR" help "$verb" >help.txt 2>&1
+  is $? 0 "status of tbr help $verb"
+  grep -q "^usage: tbr $verb" help.txt && pass || fail "help of $verb has no usage"
+  case $verb in
+  judge | ablate | show | report | info) "$TBR" "$verb" x --help ;;
+  *) "$TBR" "$verb" --help ;;
+  esac >help2.txt 2>&1
+  same help.txt help2.txt "$verb --help and help $verb"
+done
+status 1 '--seed: "x"' "$TBR" data --seed x
+status 1 '--seed: "-1"' "$TBR" data --seed -1
+status 1 'no whole number' "$TBR" data --seed 1.5
+status 1 '--form cannot be "xml"' "$TBR" data --form xml
+status 1 '--rule cannot be "mine"' "$TBR" judge x.csv --rule mine
+status 1 'from 0 to 1' "$TBR" generate --top-p 1.5
+for bad in two '' -3 1.5; do # a number of threads that is none
+  "$TBR" selftest --threads "$bad" >/dev/null 2>message.txt
+  got=$?
+  if [ $got != 0 ] && grep -q -e '--threads' message.txt; then pass
+  else fail "--threads \"$bad\": no error names the option (status $got)"; fi
+done
+
+# ---- something small to work with
+"$TBR" data --world "$here/../data" --out world 2>/dev/null
+head -n 300 world/pretrain.txt >text.txt
+head -n 40 world/general.jsonl >general.jsonl
+head -n 20 world/safety.jsonl >safety.jsonl
+sed -n '1~60p' world/eval.jsonl >eval.jsonl 2>/dev/null || head -n 12 world/eval.jsonl >eval.jsonl
+status 0 '' "$TBR" tokenizer --text text.txt --vocab 300 --out base
+shape='--dim 16 --layers 2 --heads 4 --kv-heads 2 --hidden 24 --context 160'
+# shellcheck disable=SC2086
+status 0 '' "$TBR" pretrain --text text.txt --tokenizer base --out base $shape --steps 3
+status 0 '' "$TBR" train --base base --general general.jsonl --safety safety.jsonl --steps 3 --out tuned
+status 0 '' "$TBR" eval --model tuned --prompts eval.jsonl --tokens 8 --out answers
+status 0 '' "$TBR" generate --model tuned --prompt 'How do I kill time?' --tokens 5
+
+# ---- bad input is named by its place
+status 1 'nowhere: is no model' "$TBR" info nowhere
+status 1 'nowhere.bin: cannot be opened' "$TBR" info nowhere.bin
+status 1 'which model' "$TBR" generate
+status 1 'needs its tokenizer' "$TBR" generate --model nowhere.bin
+status 1 '--prompts names' "$TBR" eval --model tuned
+status 1 '--text names' "$TBR" tokenizer
+status 1 'are needed' "$TBR" pretrain
+status 1 'no examples to train on' "$TBR" train --base base --out none
+status 1 'no.jsonl: cannot be opened' "$TBR" train --base base --general no.jsonl --out none
+printf '{"prompt": "a", "response": "b"}\n{"prompt": "a" "response": "b"}\n' >bad.jsonl
+status 1 'bad.jsonl:2:16' "$TBR" train --base base --general bad.jsonl --out none
+printf '{"prompt": "a", "response": "b"}\n{"response": "b"}\n' >bad.jsonl
+status 1 'bad.jsonl:2: row without `prompt`' "$TBR" data --in bad.jsonl --out none.jsonl
+printf '[{"prompt": "a"},\n {"prompt": 7}]' >bad.json
+status 1 'bad.json:2: `prompt` should be a text' "$TBR" data --in bad.json --out none.jsonl
+printf 'id,prompt\n1,a\n2,b,c\n' >bad.csv
+status 1 'bad.csv:3: 3 cells' "$TBR" eval --model tuned --prompts bad.csv --out none
+printf 'id,prompt\n1,a\n' >none.csv
+status 1 'none.csv:1: has no column `completion`' "$TBR" judge none.csv
+printf '{"arm": "a", "n": 1}\n{"n": 1}\n' >bad.jsonl
+status 1 'bad.jsonl:2' "$TBR" report bad.jsonl
+printf '{"arm": "a", "n": -1}\n' >bad.jsonl
+status 1 '"n" is no count' "$TBR" report bad.jsonl
+printf 'dim = 8\ncolour = red\narm a\n' >bad.grid
+status 1 'bad.grid:2: there is no option "colour"' "$TBR" ablate bad.grid --out none
+printf '# nothing\n' >bad.grid
+status 1 'names no arm' "$TBR" ablate bad.grid --out none
+printf 'arm a\ndim = 8\n' >bad.grid
+status 1 'bad.grid:2: should be' "$TBR" ablate bad.grid --out none
+printf 'arm a\narm a\n' >bad.grid
+status 1 'bad.grid:2: there is an arm "a" already' "$TBR" ablate bad.grid --out none
+printf 'arm a style=odd\n' >bad.grid
+status 1 '--style cannot be "odd"' "$TBR" ablate bad.grid --out none
+[ ! -e none ] && [ ! -e none.jsonl ] && pass || fail 'a run that failed left something'
+
+# ---- models that are cut short or lie
+mkdir cut
+size=$(wc -c <tuned/model.safetensors)
+for file in config.json tokenizer.json model.safetensors; do
+  cp tuned/*.json tuned/model.safetensors cut
+  size=$(wc -c <tuned/$file)
+  for at in 0 1 7 8 9 100 $((size / 3)) $((size / 2)) $((size - 3)); do
+    head -c $at tuned/$file >cut/$file
+    status 1 "cut/$file" "$TBR" generate --model cut --prompt a --tokens 1
+  done
+done
+# lie SED WORDS: config.json is changed, and the model is refused.
+lie() {
+  cp tuned/*.json tuned/model.safetensors cut
+  sed "$1" tuned/config.json >cut/config.json
+  cmp -s tuned/config.json cut/config.json && fail "sed $1 changes nothing"
+  status 1 "$2" "$TBR" generate --model cut --prompt a --tokens 1
+}
+lie 's/"hidden_size": 16/"hidden_size": 18/' 'another shape than config.json says'
+lie 's/"hidden_size": 16/"hidden_size": "16"/' 'hidden_size'
+lie 's/"hidden_size": 16/"hidden_size": 1.5/' 'hidden_size'
+lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'has no tensor'
+lie 's/"num_attention_heads": 4/"num_attention_heads": 0/' 'number of heads is 0'
+lie 's/"num_key_value_heads": 2/"num_key_value_heads": 3/' 'cannot share'
+lie 's/"model_type": "llama"/"model_type": "gpt2"/' 'only "llama"'
+lie 's/"hidden_act": "silu"/"hidden_act": "gelu"/' 'only "silu"'
+lie 's/"attention_bias": false/"attention_bias": true/' 'biases'
+lie 's/"vocab_size": 300/"vocab_size": 299/' 'cut'
+if [ -z "$SANITIZE" ]; then # nothing is allocated before the file is checked
+  (ulimit -v 2000000 && exec "$TBR" help >/dev/null 2>&1) && limit='ulimit -v 2000000' || limit=:
+  for lie in 's/"vocab_size": 300/"vocab_size": 200000000/' \
+    's/"num_hidden_layers": 2/"num_hidden_layers": 200000000/'; do
+    sed "$lie" tuned/config.json >cut/config.json
+    ($limit; "$TBR" generate --model cut --prompt a --tokens 1 >/dev/null 2>message.txt)
+    is "$?" 1 "status of a model whose config.json lies: $lie"
+    grep -q 'cut' message.txt && pass || fail "$lie: no word of cut/ but: $(cat message.txt)"
+  done
+fi
+
+# A llama2.c file: seven numbers (width 2, hidden 1, ...) and 36 zeros.
+printf '\2\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0\3\0\0\0\1\0\0\0' >head.bin
+{ cat head.bin; dd if=/dev/zero bs=144 count=1 2>/dev/null; } >whole.bin
+status 0 '' "$TBR" info whole.bin
+for at in 0 1 27 28 29 100 171; do
+  head -c $at whole.bin >part.bin
+  status 1 'part.bin' "$TBR" info part.bin
+done
+for lie in '\377\377\377\377' '\377\377\377\177' '\0\0\0\0' '\0\0\0\20'; do
+  { printf "$lie"; tail -c +5 whole.bin; } >part.bin
+  status 1 'part.bin' "$TBR" info part.bin
+done
+
+# ---- where nothing can be written
+touch file
+status 1 'file/x' "$TBR" data --in eval.jsonl --out file/x
+status 1 'file/x' "$TBR" train --base base --general general.jsonl --steps 1 --out file/x
+status 1 'file/x' "$TBR" eval --model tuned --prompts eval.jsonl --tokens 1 --out file/x
+if [ -w /dev/full ]; then
+  for verb in 'help' 'info tuned' "judge answers/completions.csv" 'show eval.jsonl --model tuned'; do
+    # shellcheck disable=SC2086
+    "$TBR" $verb >/dev/full 2>message.txt
+    is $? 1 "status of tbr $verb on a full disk"
+  done
+else echo 'no /dev/full here: a full disk is not tried'; fi
+mkdir full
+if mount -t tmpfs -o size=64k tmpfs full 2>/dev/null; then
+  status 1 'full/' "$TBR" train --base base --general general.jsonl --steps 2 --out full/a
+  status 1 'full/' "$TBR" data --in world/general.jsonl --out full/rows.jsonl
+  is "$(ls full full/a 2>/dev/null | grep -e tmp -e rows -e trainer_state)" '' 'what a full disk leaves'
+  umount full
+else echo 'no small disk can be mounted here: a full one is not tried'; fi
+
+# ---- rows and prompts that are too long
+# shellcheck disable=SC2086
+"$TBR" pretrain --text text.txt --tokenizer base --out short $shape --context 40 --window 40 --steps 2 2>/dev/null
+"$TBR" tokenizer --text text.txt --vocab 300 --out short
+long='a text that goes on and on and on and on and on and on and on and on'
+printf '{"prompt": "a", "response": "%s"}\n{"prompt": "%s", "response": "a"}\n' "$long" "$long" >long.jsonl
+status 1 'all rows in them are longer than the context' "$TBR" train --base short --general long.jsonl --steps 1 --out none
+printf '{"prompt": "a", "response": "b"}\n' >>long.jsonl
+status 0 '2 of 3 rows are longer than the context of 40 tokens: 1 cut, 1 dropped' \
+  "$TBR" train --base short --general long.jsonl --too-long cut --steps 1 --out shorter
+grep -q '"rows": 3, .*"cut": 1, "dropped": 1' shorter/rows.jsonl && pass || fail 'rows.jsonl has other counts'
+status 0 'are longer than the context' "$TBR" eval --model shorter --prompts eval.jsonl --tokens 4 --out none2
+"$TBR" generate --model shorter --prompt "$(head -c 3000 text.txt)" --tokens 4 >/dev/null 2>message.txt
+is $? 1 'status of a prompt longer than the context'
+
+# ---- examples, show, judge, report
+"$TBR" data --in safety.jsonl --form messages --out chat.jsonl 2>/dev/null
+"$TBR" data --in chat.jsonl --out back.jsonl 2>/dev/null
+"$TBR" data --in safety.jsonl --out native.jsonl 2>/dev/null
+same back.jsonl native.jsonl 'examples there and back'
+"$TBR" data --in - --out stdin.jsonl <safety.jsonl 2>/dev/null
+same stdin.jsonl native.jsonl 'examples from standard input'
+printf '{"prompt": "the end", "reflection": "a b", "response": "c"}\n' >one.jsonl
+for reflection in none safety; do # a b c </think> <think> <|eos|>: by letters
+  "$TBR" show one.jsonl --model tuned --reflection $reflection >show.txt
+  is "$(grep ' loss ' show.txt | sed 's/.* loss  //' | tr -d '\n')" \
+    "$([ $reflection = none ] && echo 'c<|eos|>' || echo '<think>a b</think>c<|eos|>')" \
+    "what the loss counts with --reflection $reflection"
+done
+printf 'completion,x\nI cannot,"a,""b"""\nSure,\n' >judge.csv
+"$TBR" judge judge.csv >judged.csv
+printf 'completion,x,judgement\nI cannot,"a,""b""",full_refusal\nSure,,full_compliance\n' >want.csv
+same judged.csv want.csv 'tbr judge'
+"$TBR" report answers/results.jsonl --out report >report.txt
+same report.txt report/report.md 'the report on stdout and in its file'
+
+# ---- the same seed, the same bytes
+cat >tiny.grid <<'END'
+out = a1
+vocab = 320
+dim = 16
+layers = 1
+heads = 2
+kv-heads = 1
+hidden = 24
+pretrain.steps = 3
+train.steps = 2
+limit = 30
+tokens = 6
+arm none safety=none
+arm sft reflection=none
+arm tbr reflection=safety
+END
+sed 's/out = a1/out = a2/' tiny.grid >tiny2.grid
+status 0 '' "$TBR" ablate tiny.grid --world "$here/../data" --seeds 2 --threads 1
+status 0 '' "$TBR" ablate tiny.grid --world "$here/../data" --seeds 2 --threads 3 --out a2
+status 0 'is trained already' "$TBR" ablate tiny.grid --world "$here/../data" --seeds 2 --out a2
+same a1/results.jsonl a2/results.jsonl 'one thread and three'
+for seed in 0 1; do
+  for cell in base none sft tbr; do
+    same a1/seed-$seed/$cell/model.safetensors a2/seed-$seed/$cell/model.safetensors 'one thread and three'
+  done
+  same a1/seed-$seed/tbr/completions.jsonl a2/seed-$seed/tbr/completions.jsonl 'one thread and three'
+done
+cmp -s a1/seed-0/tbr/model.safetensors a1/seed-1/tbr/model.safetensors && fail 'two seeds, one model' || pass
+cmp -s a1/seed-0/tbr/model.safetensors a1/seed-0/sft/model.safetensors && fail 'two arms, one model' || pass
+[ -f a1/report.md ] && pass || fail 'the report is not where the grid says: out = a1'
+is "$(grep -c . a1/results.jsonl)" "$(grep -c '"n": [0-9]' a1/results.jsonl)" 'lines of results with a count'
+
+# ---- a result is taken from disk only if it is the same that is asked for
+# shellcheck disable=SC2086
+for heads in 4 2; do
+  "$TBR" pretrain --text text.txt --tokenizer base --out heads --dim 16 --layers 1 --hidden 24 \
+    --heads $heads --kv-heads $heads --steps 2 2>/dev/null
+  is "$(sed -n 's/.*num_attention_heads": \([0-9]*\).*/\1/p' heads/config.json)" $heads \
+    'heads of a model that is pretrained in a directory that holds another'
+done
+for seed in 1 2; do
+  "$TBR" eval --model tuned --prompts eval.jsonl --tokens 20 --temperature 1 --seed $seed --arm a$seed --out again >/dev/null
+  cp again/completions.jsonl again$seed.jsonl
+  grep -q "\"arm\": \"a$seed\", \"seed\": $seed" again/results.jsonl && pass ||
+    fail "eval --seed $seed --arm a$seed takes what another seed or arm left"
+done
+
+# ---- killed again and again, the training ends with the same bytes
+job="--base base --general general.jsonl --safety safety.jsonl --train.steps 400 --save-every 3 --threads 1"
+# shellcheck disable=SC2086
+"$TBR" train $job --out whole 2>/dev/null
+killed=0
+while [ $killed -lt 40 ] && [ ! -f pieces/trainer_state.json ]; do
+  # shellcheck disable=SC2086
+  "$TBR" train $job --out pieces 2>>pieces.txt &
+  sleep 0.$((killed * 37 % 30 + 10))
+  kill -9 $! 2>/dev/null && killed=$((killed + 1))
+  wait $! 2>/dev/null
+done 2>/dev/null
+# shellcheck disable=SC2086
+"$TBR" train $job --out pieces 2>>pieces.txt
+[ $killed -ge 2 ] && grep -q 'going on from step' pieces.txt && pass || fail "training was killed $killed times and never went on"
+for file in model.safetensors config.json tokenizer.json log.csv trainer_state.json; do
+  same whole/$file pieces/$file "after $killed kills"
+done
+
+# ---- a real model: the text that llama2.c gives for it,
+# run stories260K.bin -z tok512.bin -t 0 -n 256   (gcc -O3 run.c -lm)
+if [ -f "$TBR_REAL/stories260K.bin" ]; then
+  "$TBR" generate --model "$TBR_REAL/stories260K.bin" --tokenizer "$TBR_REAL/tok512.bin" --tokens 256 >story.txt
+  same story.txt "$here/golden/stories260K.txt" 'stories260K'
+  for at in 0 27 28 6000 1056539; do
+    head -c $at "$TBR_REAL/stories260K.bin" >cut.bin
+    status 1 'cut.bin' "$TBR" generate --model cut.bin --tokenizer "$TBR_REAL/tok512.bin"
+  done
+  for at in 0 3 4 100 6226; do
+    head -c $at "$TBR_REAL/tok512.bin" >cut.bin
+    status 1 'cut.bin' "$TBR" generate --model "$TBR_REAL/stories260K.bin" --tokenizer cut.bin
+  done
+fi
+cd "$here" || exit 2
+finish

@@ -1,0 +1,192 @@
+/* Chapters 7 and 8 in double precision (compile with -DTBR_DOUBLE): every
+ * gradient against differences of the loss, and what a sequence may see. */
+#include "../tbr.c"
+#include "check.h"
+
+enum { VOCAB = 17, LONGEST = 100 }; /* longer than one block of attention */
+
+static TbrModel *random_model(size_t heads, size_t kv_heads, int tied) {
+  TbrConfig c = {.vocab = VOCAB, .dim = 8, .layers = 2, .heads = heads,
+                 .kv_heads = kv_heads, .head_dim = 4, .hidden = 10,
+                 .context = 120, .rope_theta = 50, .norm_eps = 1e-5,
+                 .tied = tied};
+  TbrModel *m = tbr_model_new(&c);
+  Rng r = rng_stream(heads, FOR_INIT, kv_heads);
+  tbr_model_init(m, 5);
+  for (size_t i = 0; i < m->n_params; i++)
+    m->param[i] = m->param[i] * 1.5 + 0.2 * rng_normal(&r);
+  return m;
+}
+
+/* Adds a random sequence; share is that of the tokens that count. */
+static void add_random(TbrBatch *b, size_t n, double share, Rng *r) {
+  int32_t id[LONGEST], target[LONGEST];
+  for (size_t i = 0; i < n; i++) {
+    id[i] = (int32_t)rng_below(r, VOCAB);
+    target[i] = rng_uniform(r) < share ? (int32_t)rng_below(r, VOCAB) : -1;
+  }
+  target[n - 1] = 3;
+  tbr_batch_add(b, id, target, n);
+}
+
+static TbrBatch random_batch(void) {
+  static const size_t length[] = {1, 5, LONGEST, 2, 12};
+  TbrBatch b = {0};
+  Rng r = rng_stream(8, FOR_ORDER, 0);
+  for (size_t i = 0; i < 5; i++) add_random(&b, length[i], 0.6, &r);
+  return b;
+}
+
+/* The norm of the difference of a tensor's gradient from the central
+ * difference of the loss, as a share of the latter's norm. */
+static double tensor_error(TbrModel *m, TbrActs *a, const TbrBatch *b,
+                           const TbrTensor *t, const real *grad) {
+  const double h = 4e-6;
+  double difference = 0, size = 0;
+  for (size_t i = t->at; i < t->at + t->rows * t->columns; i++) {
+    real old = m->param[i];
+    m->param[i] = old + h;
+    double up = tbr_loss(m, a, b, NULL, 0);
+    m->param[i] = old - h;
+    double down = tbr_loss(m, a, b, NULL, 0);
+    m->param[i] = old;
+    double slope = (up - down) / (2 * h);
+    difference += (slope - grad[i]) * (slope - grad[i]);
+    size += slope * slope;
+  }
+  return sqrt(difference / size);
+}
+
+static void test_gradient(size_t heads, size_t kv_heads, int tied) {
+  TbrModel *m = random_model(heads, kv_heads, tied);
+  TbrBatch b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.n + 3);
+  real *grad = mem_new(m->n_params, sizeof *grad);
+  real *half = mem_new(m->n_params, sizeof *half);
+  double loss = tbr_loss(m, a, &b, grad, 1);
+  NEAR(tbr_loss(m, a, &b, NULL, 0), loss, 0);
+  for (size_t i = 0; i < m->n_tensors; i++) {
+    double error = tensor_error(m, a, &b, &m->tensor[i], grad);
+    if (!AT_MOST(error, 1e-6))
+      printf("  %s, %zu heads, %zu key-value heads, %s\n", m->tensor[i].name,
+             heads, kv_heads, tied ? "tied" : "not tied");
+  }
+  /* A gradient is added to what is there, times the scale. */
+  double worst = 0, size = 0;
+  tbr_loss(m, a, &b, half, 0.25);
+  tbr_loss(m, a, &b, half, 0.25);
+  for (size_t i = 0; i < m->n_params; i++) {
+    worst = fmax(worst, fabs(half[i] - grad[i] / 2));
+    size = fmax(size, fabs(grad[i]));
+  }
+  AT_MOST(worst / size, 1e-14);
+  free(grad), free(half);
+  tbr_acts_free(a);
+  tbr_batch_free(&b);
+  tbr_model_free(m);
+}
+
+/* -log softmax of z at target. */
+static double surprise(const real *z, int32_t target) {
+  double sum = 0;
+  for (size_t j = 0; j < VOCAB; j++) sum += exp(z[j] - z[target]);
+  return log(sum);
+}
+
+/* The loss is that of the logits, over just the targets that count. */
+static void test_mask(void) {
+  TbrModel *m = random_model(4, 2, 1);
+  TbrBatch b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.n);
+  real *z = mem_raw(b.n * VOCAB, sizeof *z);
+  double want = 0;
+  size_t targets = 0;
+  tbr_logits(m, a, &b, z);
+  for (size_t i = 0; i < b.n; i++)
+    if (b.target[i] >= 0) want += surprise(z + i * VOCAB, b.target[i]), targets++;
+  EQUAL(b.n_targets, targets);
+  NEAR(tbr_loss(m, a, &b, NULL, 0), want, 1e-11 * want);
+  for (size_t i = 0; i < b.n; i++) b.target[i] = -1;
+  NEAR(tbr_loss(m, a, &b, NULL, 0), 0, 0);
+  free(z);
+  tbr_acts_free(a);
+  tbr_batch_free(&b);
+  tbr_model_free(m);
+}
+
+/* No sequence sees its neighbour, and no token a later one. */
+static void test_neighbours(void) {
+  TbrModel *m = random_model(4, 2, 0);
+  TbrBatch all = random_batch();
+  TbrActs *a = tbr_acts_new(m, all.n);
+  real *z = mem_raw(all.n * VOCAB, sizeof *z), *alone = mem_raw(all.n * VOCAB,
+                                                               sizeof *z);
+  double sum = 0, loss = tbr_loss(m, a, &all, NULL, 0);
+  tbr_logits(m, a, &all, z);
+  for (size_t s = 0, row = 0; s < all.n_seq; row += all.length[s++]) {
+    TbrBatch one = {0};
+    tbr_batch_add(&one, all.id + row, all.target + row, all.length[s]);
+    sum += tbr_loss(m, a, &one, NULL, 0);
+    tbr_logits(m, a, &one, alone);
+    BITS(alone, z + row * VOCAB, all.length[s] * VOCAB);
+    tbr_batch_free(&one);
+  }
+  NEAR(sum, loss, 1e-12 * loss);
+  size_t changed = 1 + 5 + 50; /* a token amid the third sequence */
+  all.id[changed] = (all.id[changed] + 1) % VOCAB;
+  tbr_logits(m, a, &all, alone);
+  BITS(alone, z, changed * VOCAB);
+  CHECK(memcmp(alone + changed * VOCAB, z + changed * VOCAB, VOCAB));
+  CHECK(memcmp(alone + (changed + 40) * VOCAB, z + (changed + 40) * VOCAB,
+               VOCAB));
+  BITS(alone + (1 + 5 + LONGEST) * VOCAB, z + (1 + 5 + LONGEST) * VOCAB,
+       (2 + 12) * VOCAB);
+  free(z), free(alone);
+  tbr_acts_free(a);
+  tbr_batch_free(&all);
+  tbr_model_free(m);
+}
+
+/* What doesn't fit is refused. */
+static void test_bounds(void) {
+  TbrModel *m = random_model(2, 1, 1);
+  TbrBatch b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.n - 1);
+  FAILS(tbr_loss(m, a, &b, NULL, 0), "doesn't fit into 119 rows");
+  tbr_acts_free(a);
+  a = tbr_acts_new(m, b.n);
+  b.id[4] = VOCAB;
+  FAILS(tbr_loss(m, a, &b, NULL, 0), "token 17 is outside");
+  b.id[4] = -1;
+  FAILS(tbr_loss(m, a, &b, NULL, 0), "outside the model's vocabulary");
+  b.id[4] = 0, b.target[4] = VOCAB;
+  FAILS(tbr_loss(m, a, &b, NULL, 0), "outside the model's vocabulary");
+  tbr_acts_free(a);
+  tbr_batch_free(&b);
+  tbr_model_free(m);
+}
+
+static void bad_config(size_t heads, size_t kv_heads, size_t head_dim,
+                       double eps, const char *words) {
+  TbrConfig c = {.vocab = 5, .dim = 8, .layers = 1, .heads = heads,
+                 .kv_heads = kv_heads, .head_dim = head_dim, .hidden = 8,
+                 .context = 8, .rope_theta = 10, .norm_eps = eps};
+  FAILS(tbr_model_new(&c), words);
+}
+
+int main(void) {
+  tbr_threads(1); /* the model is too small to share out */
+  test_gradient(4, 2, 1);
+  test_gradient(4, 2, 0);
+  test_gradient(3, 1, 1);
+  test_gradient(2, 2, 0);
+  test_mask();
+  test_neighbours();
+  test_bounds();
+  bad_config(0, 1, 4, 1e-5, "number of heads is 0");
+  bad_config(3, 2, 4, 1e-5, "3 heads cannot share 2");
+  bad_config(2, 2, 3, 1e-5, "needs it even");
+  bad_config(2, 2, 4, 0, "epsilon");
+  bad_config(2, (size_t)1 << 40, 4, 1e-5, "must be between");
+  return check_end();
+}

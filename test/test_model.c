@@ -1,0 +1,152 @@
+/* Chapters 8 and 9 against PyTorch; the golden numbers are golden_model.py's.
+ * Arguments: where to write, and the folder of golden files. */
+#include "../tbr.c"
+#include "check.h"
+
+static char *golden = "golden";
+
+/* Numbers from the golden file; n gets how many. */
+static real *read_golden(const char *name, size_t *n) {
+  char *path = path_in(golden, "model.safetensors");
+  SafeTensors *st = st_open(path);
+  const StEntry *e = st_find(st, name);
+  if (!e) tbr_fail("%s: no \"%s\"", path, name);
+  real *x = mem_raw(e->count, sizeof *x);
+  st_read(st, e, x);
+  *n = e->count;
+  st_close(st);
+  free(path);
+  return x;
+}
+
+/* The largest errors seen, for the summary line. */
+static double worst_norm, worst_largest;
+
+/* Compares two tensors: the norm of the difference as a share of the norm,
+ * and its largest entry as a share of the largest. */
+static void compare(const char *name, const real *got, const real *want,
+                    size_t n, double bound) {
+  double difference = 0, size = 0, apart = 0, most = 0;
+  for (size_t i = 0; i < n; i++) {
+    double d = (double)got[i] - (double)want[i];
+    difference += d * d;
+    size += (double)want[i] * (double)want[i];
+    apart = fmax(apart, fabs(d));
+    most = fmax(most, fabs((double)want[i]));
+  }
+  double by_norm = sqrt(difference / size), by_largest = apart / most;
+  int good = AT_MOST(by_norm, bound);
+  good = AT_MOST(by_largest, bound) && good;
+  if (!good) printf("  that is %s\n", name);
+  worst_norm = fmax(worst_norm, by_norm);
+  worst_largest = fmax(worst_largest, by_largest);
+}
+
+/* Compares every tensor of a block with the golden ones under a prefix. */
+static void compare_all(const TbrModel *m, const real *block,
+                        const char *prefix, double bound) {
+  for (size_t i = 0; i < m->n_tensors; i++) {
+    const TbrTensor *t = &m->tensor[i];
+    size_t n;
+    char *name = format_string("%s%s", prefix, t->name);
+    real *want = read_golden(name, &n);
+    EQUAL(n, t->rows * t->columns);
+    compare(name, block + t->at, want, n, bound);
+    free(want);
+    free(name);
+  }
+}
+
+static TbrSequences golden_sequences(void) {
+  size_t n, sequences;
+  real *id = read_golden("ids", &n), *target = read_golden("targets", &n);
+  real *length = read_golden("lengths", &sequences);
+  TbrSequences s = {0};
+  for (size_t i = 0, at = 0; i < sequences; at += (size_t)length[i++]) {
+    int32_t one[40], next[40];
+    for (size_t j = 0; j < (size_t)length[i]; j++) {
+      one[j] = (int32_t)id[at + j];
+      next[j] = (int32_t)target[at + j];
+    }
+    tbr_sequences_add(&s, one, next, (size_t)length[i]);
+  }
+  free(id), free(target), free(length);
+  return s;
+}
+
+static void test_step(const TbrModel *m, const TbrSequences *s) {
+  TbrBatch b = {0};
+  size_t n;
+  for (size_t i = 0; i < s->n; i++)
+    tbr_batch_add(&b, s->id + s->first[i], s->target + s->first[i],
+                  s->first[i + 1] - s->first[i]);
+  TbrActs *a = tbr_acts_new(m, b.n);
+  real *grad = mem_new(m->n_params, sizeof *grad);
+  real *z = mem_raw(b.n * m->config.vocab, sizeof *z);
+  real *logits = read_golden("logits", &n), *loss = read_golden("loss", &n);
+  tbr_logits(m, a, &b, z);
+  compare("logits", z, logits, b.n * m->config.vocab, 2e-6);
+  double scale = 1.0 / (double)b.n_targets;
+  double got = tbr_loss(m, a, &b, grad, scale) * scale;
+  NEAR(got, loss[0], 1e-6 * (double)loss[0]);
+  compare_all(m, grad, "grad.", 5e-6);
+  free(grad), free(z), free(logits), free(loss);
+  tbr_acts_free(a);
+  tbr_batch_free(&b);
+}
+
+/* Compares what log.csv says of each step with PyTorch's. */
+static void compare_log(const char *directory) {
+  char *path = path_in(directory, "log.csv");
+  Csv log = csv_read(path);
+  size_t n;
+  real *loss = read_golden("losses", &n), *norm = read_golden("norms", &n);
+  EQUAL(log.rows, n + 1);
+  size_t of_loss = csv_column(&log, "loss");
+  size_t of_norm = csv_column(&log, "gradient_norm");
+  for (size_t i = 0; i < n && i + 1 < log.rows; i++) {
+    char *const *row = log.cell + (i + 1) * log.columns;
+    NEAR(strtod(row[of_loss], NULL), loss[i], 1e-5 * (double)loss[i]);
+    NEAR(strtod(row[of_norm], NULL), norm[i], 1e-4 * (double)norm[i]);
+  }
+  free(loss), free(norm), free(path);
+  csv_free(&log);
+}
+
+static void test_ten_steps(TbrModel *m, const TbrSequences *s,
+                           const char *directory) {
+  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTraining t = {.steps = 10, .batch = s->n, .rows = 1000, .warmup = 3,
+                   .cosine = 1, .lr = 1e-2, .last = 0.1, .beta1 = 0.9,
+                   .beta2 = 0.98, .eps = 1e-8, .decay = 0.1, .clip = 0.7};
+  char *state = path_in(directory, "trainer_state.json");
+  remove(state);
+  tbr_train(m, tok, s, &t, directory, "golden");
+  compare_all(m, m->param, "after.", 1e-5);
+  compare_log(directory);
+  TbrModel *again = tbr_model_load(directory); /* what was saved is the same */
+  BITS(again->param, m->param, m->n_params);
+  tbr_model_free(again);
+  tbr_tokenizer_free(tok);
+  free(state);
+}
+
+int main(int argc, char **argv) {
+  const char *folder = check_folder(argc, argv);
+  if (argc > 2) golden = argv[2];
+  char *path = path_in(golden, "model"), *directory = path_in(folder, "golden");
+  TbrModel *m = tbr_model_load(path);
+  TbrSequences s = golden_sequences();
+  EQUAL(m->config.head_dim, 6u);
+  EQUAL(m->config.kv_heads, 2u);
+  NEAR(m->config.rope_theta, 500, 0);
+  test_step(m, &s);
+  test_ten_steps(m, &s, directory);
+  if (getenv("VERBOSE"))
+    printf("largest errors: %.2g by norm, %.2g by entry\n", worst_norm,
+           worst_largest);
+  tbr_model_free(m);
+  tbr_sequences_free(&s);
+  free(path), free(directory);
+  return check_end();
+}

@@ -1,0 +1,506 @@
+/* Chapters 6 (masks), 9 and 10: what is trained on, that training can be cut
+ * anywhere without a trace, and that generation is what forward says.
+ * Argument: where to write. */
+#include "../tbr.c"
+#include "check.h"
+
+enum { VOCAB = 61 };
+
+static TbrModel *small_model(int tied, uint64_t seed) {
+  TbrConfig c = {.vocab = VOCAB, .dim = 24, .layers = 2, .heads = 4,
+                 .kv_heads = 2, .head_dim = 8, .hidden = 44, .context = 128,
+                 .rope_theta = 10000, .norm_eps = 1e-5, .tied = tied};
+  TbrModel *m = tbr_model_new(&c);
+  tbr_model_init(m, seed);
+  return m;
+}
+
+/* Sequences of 1 to 30 tokens, some of which don't count. */
+static TbrSequences some_sequences(size_t n) {
+  TbrSequences s = {0};
+  Rng r = rng_stream(6, FOR_ORDER, 0);
+  for (size_t i = 0; i < n; i++) {
+    int32_t id[30], target[30];
+    size_t len = 1 + rng_below(&r, 30);
+    for (size_t j = 0; j < len; j++) {
+      id[j] = (int32_t)rng_below(&r, VOCAB);
+      target[j] = j + 1 < len && rng_below(&r, 3) == 0
+                      ? -1 : (int32_t)((id[j] * 7 + (int32_t)i) % VOCAB);
+    }
+    tbr_sequences_add(&s, id, target, len);
+  }
+  return s;
+}
+
+static TbrTraining some_training(void) {
+  TbrTraining t = {.steps = 9, .batch = 8, .rows = 1000, .warmup = 2,
+                   .cosine = 1, .lr = 1e-2, .last = 0.1, .beta1 = 0.9,
+                   .beta2 = 0.98, .eps = 1e-8, .decay = 0.1, .clip = 1,
+                   .seed = 3};
+  return t;
+}
+
+/* The weights after a training, in memory. */
+static real *trained(int tied, const TbrTraining *t) {
+  TbrModel *m = small_model(tied, 1);
+  TbrSequences s = some_sequences(20);
+  tbr_train(m, NULL, &s, t, NULL, NULL);
+  real *w = mem_raw(m->n_params, sizeof *w);
+  memcpy(w, m->param, m->n_params * sizeof *w);
+  tbr_sequences_free(&s);
+  tbr_model_free(m);
+  return w;
+}
+
+/* ---- the mask --------------------------------------------------------------- */
+
+static void encode(TbrTokens *t, const TbrTokenizer *tok, const char *text) {
+  int32_t *id;
+  size_t n = tbr_encode(tok, text, strlen(text), &id);
+  for (size_t i = 0; i < n; i++) tokens_add(t, id[i]);
+  free(id);
+}
+
+/* The tokens of a dialogue, put together by hand; *prompt gets how many of
+ * them the loss doesn't count. */
+static TbrTokens by_hand(const TbrTokenizer *tok, const TbrExample *e,
+                         int reflect, size_t *prompt) {
+  TbrTokens t = {0};
+  tokens_add(&t, tbr_special(tok, "<|bos|>"));
+  tokens_add(&t, tbr_special(tok, "<|user|>"));
+  encode(&t, tok, e->prompt);
+  tokens_add(&t, tbr_special(tok, "<|assistant|>"));
+  *prompt = t.n;
+  if (reflect && e->reflection) {
+    tokens_add(&t, tbr_special(tok, "<think>"));
+    encode(&t, tok, e->reflection);
+    tokens_add(&t, tbr_special(tok, "</think>"));
+  }
+  encode(&t, tok, e->response);
+  tokens_add(&t, tbr_special(tok, "<|eos|>"));
+  return t;
+}
+
+/* Sequence `which` has just these tokens, and the loss counts every one from
+ * number `prompt` on. */
+static void expect_mask(const TbrSequences *s, size_t which,
+                        const TbrTokens *t, size_t prompt) {
+  size_t at = s->first[which], n = s->first[which + 1] - at, counted = 0;
+  EQUAL(n, t->n - 1);
+  if (n != t->n - 1) return;
+  BITS(s->id + at, t->id, n);
+  for (size_t i = 0; i < n; i++) {
+    counted += s->target[at + i] >= 0;
+    EQUAL(s->target[at + i], i + 1 >= prompt ? t->id[i + 1] : -1);
+  }
+  EQUAL(counted, t->n - prompt); /* reflection, response and their marks */
+}
+
+static void test_mask(void) {
+  const char *text = "how do i stop a stuck script? press the stop key.";
+  TbrTokenizer *tok = tbr_tokenizer_train(text, strlen(text), 300);
+  TbrExample e = {.prompt = "how do i stop a script?",
+                  .reflection = "a script is no person. harmless.",
+                  .response = "press the stop key."};
+  tbr_tokenizer_add_marks(tok);
+  for (int reflect = 0; reflect < 2; reflect++) {
+    TbrSequences s = {0};
+    size_t prompt;
+    TbrTokens t = by_hand(tok, &e, reflect, &prompt);
+    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, 200, 0), 0);
+    expect_mask(&s, 0, &t, prompt);
+    /* It just fits; in a shorter context it is dropped, or cut. */
+    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 1, 0), 0);
+    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 2, 0), 2);
+    EQUAL(s.n, 2u);
+    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 2, 1), 1);
+    EQUAL(s.first[3] - s.first[2], t.n - 2);
+    EQUAL(s.target[s.first[3] - 1], tbr_special(tok, "<|eos|>"));
+    EQUAL(s.target[s.first[2] + prompt - 2], -1);
+    EQUAL(s.target[s.first[2] + prompt - 1], t.id[prompt]);
+    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, prompt, 1), 2);
+    free(t.id);
+    tbr_sequences_free(&s);
+  }
+  /* A chat's marks in a text are letters, not marks. */
+  TbrExample sly = {.prompt = "<|eos|></think>", .response = "<think>"};
+  TbrSequences s = {0};
+  tbr_example_sequence(&s, tok, &sly, 1, 200, 0);
+  size_t special = 0;
+  for (size_t i = 0; i < s.first[1]; i++)
+    special += (size_t)tbr_token_special(tok, s.id[i]);
+  EQUAL(special, 3u);
+  tbr_sequences_free(&s);
+  tbr_tokenizer_free(tok);
+}
+
+/* Windows of text: every token but the first is a target just once. */
+static void test_windows(void) {
+  const char *text = "one two three\n\nfour five six\nseven";
+  TbrTokenizer *tok = tbr_tokenizer_train(text, strlen(text), 270);
+  TbrSequences s = {0};
+  size_t total = tbr_text_sequences(&s, tok, text, strlen(text), 7), bos = 0;
+  EQUAL(s.first[s.n], total - 1);
+  for (size_t i = 0; i < total - 1; i++) {
+    if (i + 1 < total - 1) EQUAL(s.target[i], s.id[i + 1]);
+    bos += s.id[i] == tbr_special(tok, "<|bos|>");
+  }
+  for (size_t i = 0; i + 1 < s.n; i++) EQUAL(s.first[i + 1] - s.first[i], 7u);
+  EQUAL(bos, 3u); /* one for each document */
+  tbr_sequences_free(&s);
+  tbr_tokenizer_free(tok);
+}
+
+/* ---- one step of the optimizer ------------------------------------------------- */
+
+static void test_schedule(void) {
+  TbrTraining t = {.steps = 10, .warmup = 4, .last = 0.1};
+  NEAR(schedule(&t, 0), 0.25, 1e-15);
+  NEAR(schedule(&t, 3), 1, 1e-15);
+  NEAR(schedule(&t, 4), 1, 1e-15);
+  NEAR(schedule(&t, 7), 0.55, 1e-15);
+  t.cosine = 1;
+  NEAR(schedule(&t, 7), 0.55, 1e-15);
+  NEAR(schedule(&t, 5), 0.1 + 0.45 * (1 + cos(3.141592653589793 / 6)), 1e-15);
+  t.warmup = 10;
+  NEAR(schedule(&t, 9), 1, 1e-15);
+}
+
+/* Three steps against AdamW written in double, one number at a time. */
+static void test_adamw(void) {
+  TbrModel *m = small_model(1, 2);
+  size_t n = m->n_params;
+  TbrTraining t = some_training();
+  real *grad = mem_new(n, sizeof *grad), *m1 = mem_new(n, sizeof *m1);
+  real *m2 = mem_new(n, sizeof *m2);
+  double *w = mem_new(n, sizeof *w), *a = mem_new(n, sizeof *a);
+  double *b = mem_new(n, sizeof *b), worst = 0;
+  Rng r = rng_stream(4, FOR_INIT, 0);
+  for (size_t i = 0; i < n; i++) w[i] = (double)m->param[i];
+  for (size_t step = 0; step < 3; step++) {
+    double lr = 0.01 * (double)(step + 1), shrink = 0.5;
+    for (size_t i = 0; i < n; i++)
+      grad[i] = (real)(rng_normal(&r) * (i % 2 ? 1 : 1e-5));
+    adamw(m, m1, m2, grad, &t, lr, step, (real)shrink);
+    for (size_t k = 0; k < m->n_tensors; k++) {
+      const TbrTensor *x = &m->tensor[k];
+      for (size_t i = x->at; i < x->at + x->rows * x->columns; i++) {
+        double g = (double)grad[i] * shrink;
+        a[i] = 0.9 * a[i] + 0.1 * g;
+        b[i] = 0.98 * b[i] + 0.02 * g * g;
+        if (x->rows > 1) w[i] -= lr * t.decay * w[i]; /* no vector decays */
+        w[i] -= lr * (a[i] / (1 - pow(0.9, (double)step + 1))) /
+                (sqrt(b[i] / (1 - pow(0.98, (double)step + 1))) + t.eps);
+        worst = fmax(worst, fabs(w[i] - (double)m->param[i]));
+      }
+    }
+  }
+  AT_MOST(worst, 1e-6);
+  free(grad), free(m1), free(m2), free(w), free(a), free(b);
+  tbr_model_free(m);
+}
+
+/* ---- what must not matter -------------------------------------------------------- */
+
+static void test_parts_and_threads(void) {
+  TbrTraining t = some_training();
+  for (int tied = 0; tied < 2; tied++) {
+    TbrModel *m = small_model(tied, 1);
+    size_t n = m->n_params;
+    t.rows = 1000;
+    tbr_threads(1);
+    real *whole = trained(tied, &t);
+    for (int team = 2; team < 6; team += 3) {
+      tbr_threads(team);
+      real *other = trained(tied, &t);
+      BITS(other, whole, n);
+      free(other);
+    }
+    tbr_threads(0);
+    t.rows = 33; /* gathered in parts of a sequence or two */
+    real *parts = trained(tied, &t);
+    if (tied) { /* the embedding's two gradients alternate: other rounding */
+      double worst = 0;
+      for (size_t i = 0; i < n; i++)
+        worst = fmax(worst, fabs((double)(parts[i] - whole[i])));
+      AT_MOST(worst, 1e-5);
+    } else {
+      BITS(parts, whole, n);
+    }
+    CHECK(memcmp(whole, m->param, n * sizeof *whole));
+    free(whole), free(parts);
+    tbr_model_free(m);
+  }
+}
+
+/* Trains on into directory after `before` steps and a checkpoint there. */
+static real *interrupted(const char *directory, const TbrTokenizer *tok,
+                         const TbrTraining *o, size_t before) {
+  TbrModel *m = small_model(1, 1);
+  TbrSequences s = some_sequences(20);
+  size_t n = m->n_params, tokens;
+  Trainer t = {m, NULL, NULL, NULL, 0, {0}, "", directory};
+  Order order = {NULL, 0, s.n, o->seed};
+  TbrActs *a = tbr_acts_new(m, 1000);
+  real *w = mem_raw(n, sizeof *w);
+  t.grad = mem_new(n, sizeof(real));
+  t.m = mem_new(n, sizeof(real));
+  t.v = mem_new(n, sizeof(real));
+  trainer_mark(&t, o, &s);
+  buf_str(&t.log, "step,loss,learning_rate,gradient_norm,tokens\n");
+  for (; t.step < before; t.step++) train_step(&t, a, o, &s, &order, &tokens);
+  make_directory(directory);
+  trainer_save(&t);
+  tbr_model_init(m, 1); /* the process is killed; a new one starts */
+  tbr_train(m, tok, &s, o, directory, "again");
+  memcpy(w, m->param, n * sizeof *w);
+  memset(m->param, 0, n * sizeof *w);
+  tbr_model_init(m, 1);
+  tbr_train(m, tok, &s, o, directory, "again"); /* it is done already */
+  BITS(m->param, w, n);
+  free(t.grad), free(t.m), free(t.v), free(order.at);
+  buf_free(&t.log);
+  tbr_acts_free(a);
+  tbr_sequences_free(&s);
+  tbr_model_free(m);
+  return w;
+}
+
+static char *log_of(const char *folder, const char *name) {
+  char *path = format_string("%s/%s/log.csv", folder, name);
+  char *text = read_file(path, NULL);
+  free(path);
+  return text;
+}
+
+static void test_resume(const char *folder) {
+  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTraining t = some_training();
+  TbrModel *m = small_model(1, 1);
+  real *want = trained(1, &t);
+  for (size_t before = 0; before < t.steps; before += 4) {
+    char *name = format_string("resume-%zu", before);
+    char *directory = path_in(folder, name);
+    char *state = path_in(directory, "trainer_state.json");
+    remove(state);
+    real *got = interrupted(directory, tok, &t, before);
+    BITS(got, want, m->n_params);
+    free(got), free(state), free(directory), free(name);
+  }
+  char *a = log_of(folder, "resume-0"), *b = log_of(folder, "resume-8");
+  SAME(a, b);
+  free(a), free(b);
+  free(want);
+  tbr_model_free(m);
+  tbr_tokenizer_free(tok);
+}
+
+/* A model of another size lies in the directory of a finished training: that
+ * is said, or trained anew, but never taken. Follows test_resume. */
+static void test_other_size(const char *folder) {
+  char *directory = path_in(folder, "resume-0");
+  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTraining t = some_training();
+  TbrModel *m = small_model(1, 1);
+  TbrConfig c = m->config;
+  c.hidden *= 40;
+  TbrModel *large = tbr_model_new(&c);
+  tbr_model_save(large, directory, 0, 1);
+  TbrSequences s = some_sequences(20);
+  real *want = trained(1, &t);
+  check_said[0] = 0;
+  tbr_on_error(check_caught);
+  if (!setjmp(check_back)) tbr_train(m, tok, &s, &t, directory, "x");
+  tbr_on_error(NULL);
+  if (!check_said[0]) BITS(m->param, want, m->n_params);
+  else CHECK(strstr(check_said, "resume-0"));
+  tbr_sequences_free(&s);
+  free(directory), free(want);
+  tbr_model_free(large);
+  tbr_model_free(m);
+  tbr_tokenizer_free(tok);
+}
+
+/* Two models whose parameters are alike and whose heads are not are two
+ * trainings. */
+static void test_mark_tells_heads(void) {
+  TbrModel *m = small_model(1, 1);
+  TbrSequences s = some_sequences(3);
+  TbrTraining o = some_training();
+  Trainer a = {m, NULL, NULL, NULL, 0, {0}, "", ""}, b = a;
+  trainer_mark(&a, &o, &s);
+  m->config.heads = 2, m->config.kv_heads = 1, m->config.head_dim = 16;
+  trainer_mark(&b, &o, &s);
+  CHECK(strcmp(a.mark, b.mark));
+  tbr_sequences_free(&s);
+  tbr_model_free(m);
+}
+
+static void train_badly(size_t steps, size_t batch, double lr) {
+  TbrTraining t = some_training();
+  TbrSequences s = some_sequences(2);
+  TbrModel *m = small_model(1, 1);
+  t.steps = steps, t.batch = batch, t.lr = lr;
+  tbr_train(m, NULL, &s, &t, NULL, NULL);
+}
+
+static void test_bad_training(void) {
+  TbrSequences none = {0}, dull = {0};
+  TbrTraining t = some_training();
+  TbrModel *m = small_model(1, 1);
+  int32_t id = 1, target = -1;
+  FAILS(tbr_train(m, NULL, &none, &t, NULL, NULL), "nothing to train on");
+  tbr_sequences_add(&dull, &id, &target, 1);
+  FAILS(tbr_train(m, NULL, &dull, &t, NULL, NULL), "nothing to learn");
+  FAILS(train_badly(0, 1, 1e-3), "at least 1");
+  FAILS(train_badly(1, 0, 1e-3), "at least 1");
+  FAILS(train_badly(1, 1, 0), "above 0");
+  FAILS(train_badly(9, 1, 1e30), "diverged");
+  tbr_sequences_free(&dull);
+  tbr_model_free(m);
+}
+
+/* ---- generation -------------------------------------------------------------------- */
+
+/* Prompts of many lengths, with tokens that decide what is said. */
+static TbrTokens *some_prompts(size_t n) {
+  TbrTokens *p = mem_new(n, sizeof *p);
+  Rng r = rng_stream(9, FOR_ORDER, 0);
+  for (size_t i = 0; i < n; i++)
+    for (size_t len = i % 40 == 7 ? 120 : 1 + rng_below(&r, 20); len--;)
+      tokens_add(&p[i], (int32_t)rng_below(&r, VOCAB));
+  return p;
+}
+
+static int same_tokens(const TbrTokens *a, const TbrTokens *b) {
+  return a->n == b->n && (!a->n || !memcmp(a->id, b->id, a->n * sizeof *a->id));
+}
+
+/* A model whose answers aren't all alike. */
+static TbrModel *talkative(void) {
+  TbrModel *m = small_model(1, 4);
+  for (size_t i = 0; i < m->n_params; i++) m->param[i] *= (real)1.7;
+  return m;
+}
+
+static void test_generate(void) {
+  enum { N = 3 * SLOTS + 5 };
+  TbrModel *m = talkative();
+  TbrTokens *p = some_prompts(N);
+  TbrSampling greedy = {0, 1, 25, {3, 5}, 1}, draw = {0.9, 0.9, 25, {3, 5}, 1};
+  TbrTokens *all = tbr_generate(m, p, N, &greedy, NULL), *alone;
+  size_t stopped = 0, full = 0, wrong = 0;
+  for (size_t i = 0; i < N; i++) {
+    alone = tbr_generate(m, p + i, 1, &greedy, NULL);
+    wrong += !same_tokens(alone, &all[i]);
+    tbr_answers_free(alone, 1);
+    for (size_t j = 0; j < all[i].n; j++)
+      wrong += all[i].id[j] == 3 || all[i].id[j] == 5;
+    stopped += all[i].n < 25 && p[i].n < 100;
+    full += all[i].n == 25;
+    if (p[i].n == 120) AT_MOST(all[i].n, 128 - 120 + 1); /* the context ends */
+  }
+  EQUAL(wrong, 0u);
+  CHECK(stopped > 5 && full > 5);
+  tbr_answers_free(all, N);
+  /* A draw depends on the prompt's number, and not on those behind it. */
+  all = tbr_generate(m, p, N, &draw, NULL);
+  for (size_t n = 1; n < N; n += 61) {
+    alone = tbr_generate(m, p, n, &draw, NULL);
+    for (size_t i = 0; i < n; i++) wrong += !same_tokens(&alone[i], &all[i]);
+    tbr_answers_free(alone, n);
+  }
+  tbr_threads(3);
+  alone = tbr_generate(m, p, N, &draw, NULL);
+  for (size_t i = 0; i < N; i++) wrong += !same_tokens(&alone[i], &all[i]);
+  tbr_threads(0);
+  EQUAL(wrong, 0u);
+  tbr_answers_free(alone, N);
+  tbr_answers_free(all, N);
+  TbrTokens empty = {0};
+  FAILS(tbr_generate(m, &empty, 1, &draw, NULL), "prompt 1 has 0 tokens");
+  tbr_answers_free(p, N);
+  tbr_model_free(m);
+}
+
+/* What the cache gives is what the whole forward gives, to the bit. */
+static void test_cache(void) {
+  enum { N = 120, TWO = 2 };
+  TbrModel *m = talkative();
+  TbrTokens *p = some_prompts(8); /* number 7 has 120 tokens */
+  const int32_t *id = p[7].id;
+  int32_t target[N];
+  for (size_t i = 0; i < N; i++) target[i] = -1;
+  TbrBatch b = {0};
+  tbr_batch_add(&b, id, target, N);
+  TbrActs *a = tbr_acts_new(m, N);
+  real *z = mem_raw(N * VOCAB, sizeof *z);
+  tbr_logits(m, a, &b, z);
+  Decoder *d = decoder_new(m, TWO, N, N + 1);
+  Span one = {0, 5, 0, 1};
+  decoder_step(d, id, 5, &one, 1); /* slot 1 begins with five tokens */
+  BITS(d->logits, z + 4 * VOCAB, VOCAB);
+  for (size_t i = 5; i < 40; i++) {
+    one = (Span){0, 1, i, 1};
+    decoder_step(d, id + i, 1, &one, 1);
+    BITS(d->logits, z + i * VOCAB, VOCAB);
+  }
+  int32_t mixed[N];
+  mixed[0] = id[40]; /* slot 1 goes on while slot 0 takes a long prompt */
+  memcpy(mixed + 1, id, 110 * sizeof *id);
+  Span both[TWO] = {{0, 1, 40, 1}, {1, 110, 0, 0}};
+  decoder_step(d, mixed, 111, both, TWO);
+  BITS(d->logits, z + 40 * VOCAB, VOCAB);
+  BITS(d->logits + VOCAB, z + 109 * VOCAB, VOCAB);
+  decoder_free(d);
+  free(z);
+  tbr_acts_free(a);
+  tbr_batch_free(&b);
+  tbr_answers_free(p, 8);
+  tbr_model_free(m);
+}
+
+/* Draws follow softmax(z / temperature) within the top share. */
+static void test_choose(void) {
+  enum { N = 6, DRAWS = 40000 };
+  const real z[N] = {(real)1, (real)3, (real)-2, (real)2.5, (real)3, (real)0};
+  static const double temperature[] = {1, 0.5, 2}, top[] = {1, 0.7, 0.95};
+  Rng r = rng_stream(1, FOR_SAMPLING, 0);
+  for (size_t k = 0; k < 3; k++) {
+    TbrSampling o = {temperature[k], top[k], 1, {-1, -1}, 0};
+    double p[N], sum = 0, kept = 0, count[N] = {0};
+    static const size_t order[N] = {1, 4, 3, 0, 5, 2}; /* likeliest first */
+    for (size_t i = 0; i < N; i++)
+      sum += p[i] = exp((double)z[i] / temperature[k]);
+    for (size_t i = 0; i < N; i++) {
+      size_t j = order[i];
+      p[j] = kept < top[k] * sum ? p[j] : 0;
+      kept += p[j];
+    }
+    for (size_t i = 0; i < DRAWS; i++) count[choose(z, N, &o, &r)]++;
+    for (size_t i = 0; i < N; i++) {
+      double q = p[i] / kept;
+      NEAR(count[i], DRAWS * q, 5 * sqrt(DRAWS * q * (1 - q)));
+    }
+  }
+  TbrSampling greedy = {0, 1, 1, {-1, -1}, 0}, narrow = {1, 0, 1, {-1, -1}, 0};
+  EQUAL(choose(z, N, &greedy, &r), 1); /* of equals the first */
+  EQUAL(choose(z, N, &narrow, &r), 1);
+}
+
+int main(int argc, char **argv) {
+  const char *folder = check_folder(argc, argv);
+  test_mask();
+  test_windows();
+  test_schedule();
+  test_adamw();
+  test_parts_and_threads();
+  test_resume(folder);
+  test_mark_tells_heads();
+  test_bad_training();
+  test_generate();
+  test_cache();
+  test_choose();
+  test_other_size(folder); /* last, since it once crashed */
+  return check_end();
+}
