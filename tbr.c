@@ -24,7 +24,6 @@
 #include <float.h>
 #include <math.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,12 +31,24 @@
 #ifdef _WIN32
 #include <direct.h>
 #include <io.h>
+#define off_t long long
+#define fseeko _fseeki64
+#define ftello _ftelli64
+#define fileno _fileno
+#define fsync _commit
+#define isatty _isatty
+#define mkdir(path, mode) _mkdir(path)
+#define rename(old, new) (remove(new), rename(old, new)) /* else it fails */
 #else
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
+#else /* one thread, which is as if inside a parallel loop */
+#define omp_in_parallel() 1
+#define omp_get_max_threads() 1
+#define omp_get_thread_num() 0
 #endif
 
 typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
@@ -52,44 +63,36 @@ typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
  * needs an error path, and none can forget one.
  * ====================================================================== */
 
-/* A file being written under a temporary name; see out_open. */
+/* A file being written: its final name, and the one until it is complete. */
 typedef struct Out {
   FILE *file;
-  char *path, *temp; /* the final name, and the one until it is complete */
+  char *path, *temp;
   struct Out *next;
 } Out;
 
 /* The one place of mutable state in the whole program. */
 static struct {
-  int threads;                     /* 0: as many as there are cores */
-  void (*handler)(const char *);   /* where tbr_fail goes */
-  Out *open;                       /* files that are not complete yet */
+  int threads;                   /* 0: as many as there are cores */
+  void (*handler)(const char *); /* where tbr_fail goes */
+  Out *open;                     /* files that are not complete yet */
 } global;
 
-void tbr_on_error(void (*handler)(const char *message)) {
-  global.handler = handler;
-}
+void tbr_threads(int n) { global.threads = n; }
+void tbr_on_error(void (*handler)(const char *)) { global.handler = handler; }
 
-/* Removes what is half written, so that nothing stays under any name. */
-static void remove_unfinished(void) {
-  for (Out *o = global.open; o; o = o->next) {
-    if (o->file) fclose(o->file);
-    o->file = NULL;
-    remove(o->temp);
-  }
-  global.open = NULL;
-}
-
+/* Leaves nothing half written under any name. */
 void tbr_fail(const char *format, ...) {
   char message[2048];
   va_list args;
   va_start(args, format);
   vsnprintf(message, sizeof message, format, args);
   va_end(args);
-#ifdef _OPENMP
-#pragma omp critical(tbr_failure)
-#endif
-  remove_unfinished();
+#pragma omp critical(tbr_files)
+  for (; global.open; global.open = global.open->next) {
+    if (global.open->file) fclose(global.open->file);
+    global.open->file = NULL;
+    remove(global.open->temp);
+  }
   if (global.handler) global.handler(message);
   fprintf(stderr, "tbr: %s\n", message);
   exit(1);
@@ -100,46 +103,38 @@ static void *mem_raw(size_t count, size_t size) {
   if (size && count > SIZE_MAX / size)
     tbr_fail("out of memory: %zu items of %zu bytes are more than this "
              "platform can address", count, size);
-  size_t bytes = count * size;
-  void *p = malloc(bytes ? bytes : 1);
+  void *p = malloc(count && size ? count * size : 1);
   if (!p)
     tbr_fail("out of memory: %zu bytes wanted; a smaller model, batch or "
-             "context needs less", bytes);
+             "context needs less", count * size);
   return p;
 }
 
 /* The same, set to zero. */
 static void *mem_new(size_t count, size_t size) {
-  void *p = mem_raw(count, size);
-  memset(p, 0, count * size);
-  return p;
+  return memset(mem_raw(count, size), 0, count * size);
 }
 
 /* Grows an array to hold at least want items, by doubling; *cap is updated. */
 static void *mem_grow(void *p, size_t *cap, size_t want, size_t size) {
   if (want <= *cap) return p;
-  size_t n = *cap > SIZE_MAX / 2 ? want : *cap * 2;
-  if (n < want) n = want;
-  if (n < 16) n = 16;
-  if (n > SIZE_MAX / size) tbr_fail("out of memory: %zu items wanted", want);
-  p = realloc(p, n * size);
-  if (!p) tbr_fail("out of memory: %zu bytes wanted", n * size);
+  size_t n = want < 16 ? 16 : want;
+  if (*cap <= SIZE_MAX / 2 && *cap * 2 > n) n = *cap * 2;
+  if (n > SIZE_MAX / size || !(p = realloc(p, n * size)))
+    tbr_fail("out of memory: %zu items of %zu bytes wanted", n, size);
   *cap = n;
   return p;
 }
 
-/* Several arrays of numbers in one block, which is to be freed alone. */
-typedef struct {
-  real **at;
-  size_t n;
-} Extent;
+/* Where an array of n numbers is to be noted. */
+typedef struct { real **at; size_t n; } Extent;
 
+/* Several arrays of numbers in one block, which is to be freed alone. */
 static real *mem_parts(const Extent *part, size_t parts) {
   size_t all = 0;
-  for (size_t i = 0; i < parts; i++) {
-    all += part[i].n;
-    if (all < part[i].n) tbr_fail("out of memory: sizes overflow");
-  }
+  for (size_t i = 0; i < parts; i++)
+    if ((all += part[i].n) < part[i].n)
+      tbr_fail("out of memory: sizes overflow");
   real *block = mem_raw(all, sizeof *block);
   for (size_t i = 0, at = 0; i < parts; at += part[i++].n)
     *part[i].at = block + at;
@@ -151,27 +146,24 @@ static char *copy_string(const char *s) {
   return memcpy(mem_raw(n, 1), s, n);
 }
 
+static int ends_with(const char *s, const char *end) {
+  size_t n = strlen(s), e = strlen(end);
+  return n >= e && !strcmp(s + n - e, end);
+}
+
 /* Text that grows. Its bytes are always closed by a 0, once something was
  * added; free with buf_free. Starts as {0}. */
-typedef struct {
-  char *s;
-  size_t n, cap;
-} Buf;
+typedef struct { char *s; size_t n, cap; } Buf;
 
 static void buf_add(Buf *b, const void *bytes, size_t n) {
   if (n > SIZE_MAX - b->n - 1) tbr_fail("out of memory: text too long");
   b->s = mem_grow(b->s, &b->cap, b->n + n + 1, 1);
   if (n) memcpy(b->s + b->n, bytes, n);
-  b->n += n;
-  b->s[b->n] = 0;
+  b->s[b->n += n] = 0;
 }
 
 static void buf_str(Buf *b, const char *s) { buf_add(b, s, strlen(s)); }
-
-static void buf_char(Buf *b, int c) {
-  char byte = (char)c;
-  buf_add(b, &byte, 1);
-}
+static void buf_char(Buf *b, int c) { buf_add(b, &(char){(char)c}, 1); }
 
 static void buf_vprintf(Buf *b, const char *format, va_list args) {
   va_list again;
@@ -184,8 +176,7 @@ static void buf_vprintf(Buf *b, const char *format, va_list args) {
   b->n += (size_t)n;
 }
 
-TBR_PRINTF(2, 3)
-static void buf_printf(Buf *b, const char *format, ...) {
+TBR_PRINTF(2, 3) static void buf_printf(Buf *b, const char *format, ...) {
   va_list args;
   va_start(args, format);
   buf_vprintf(b, format, args);
@@ -193,8 +184,7 @@ static void buf_printf(Buf *b, const char *format, ...) {
 }
 
 /* Formats into fresh memory. */
-TBR_PRINTF(1, 2)
-static char *format_string(const char *format, ...) {
+TBR_PRINTF(1, 2) static char *format_string(const char *format, ...) {
   Buf b = {0};
   va_list args;
   va_start(args, format);
@@ -204,14 +194,11 @@ static char *format_string(const char *format, ...) {
 }
 
 static void buf_clear(Buf *b) {
-  b->n = 0;
-  if (b->s) b->s[0] = 0;
+  if (b->n) b->s[b->n = 0] = 0;
 }
-
 static void buf_free(Buf *b) {
   free(b->s);
-  b->s = NULL;
-  b->n = b->cap = 0;
+  *b = (Buf){0};
 }
 
 static FILE *open_file(const char *path) {
@@ -230,12 +217,10 @@ static int file_exists(const char *path) {
 static char *read_file(const char *path, size_t *n) {
   FILE *f = strcmp(path, "-") ? open_file(path) : stdin;
   Buf b = {0};
-  size_t got;
-  do {
+  for (size_t got = 1; got; b.n += got) {
     b.s = mem_grow(b.s, &b.cap, b.n + (1 << 16) + 1, 1);
     got = fread(b.s + b.n, 1, b.cap - b.n - 1, f);
-    b.n += got;
-  } while (got);
+  }
   if (ferror(f)) tbr_fail("%s: cannot be read: %s", path, strerror(errno));
   if (f != stdin) fclose(f);
   b.s[b.n] = 0;
@@ -247,41 +232,28 @@ static char *read_file(const char *path, size_t *n) {
 static void read_exact(FILE *f, const char *path, void *to, size_t n,
                        const char *what) {
   size_t got = fread(to, 1, n, f);
-  if (got != n)
+  if (got < n)
     tbr_fail("%s: ends too early: %s needs %zu bytes, %zu are there (is the "
              "file truncated?)", path, what, n, got);
 }
 
 /* The length of a file in bytes; reading goes on where it was. */
 static uint64_t file_length(FILE *f, const char *path) {
-#ifdef _WIN32
-  long long at = _ftelli64(f), n = _fseeki64(f, 0, SEEK_END) ? -1
-                                                           : _ftelli64(f);
-  int bad = at < 0 || n < 0 || _fseeki64(f, at, SEEK_SET);
-#else
   off_t at = ftello(f), n = fseeko(f, 0, SEEK_END) ? -1 : ftello(f);
-  int bad = at < 0 || n < 0 || fseeko(f, at, SEEK_SET);
-#endif
-  if (bad) tbr_fail("%s: is no plain file", path);
+  if (at < 0 || n < 0 || fseeko(f, at, SEEK_SET))
+    tbr_fail("%s: is no plain file", path);
   return (uint64_t)n;
 }
 
 /* Makes a directory and those above it; one that exists is fine. */
 static void make_directory(const char *path) {
   char *copy = copy_string(path);
-  for (char *c = copy + 1;; c++) {
-    if (*c != '/' && *c != 0) continue;
-    char end = *c;
+  for (char *c = copy + (*copy != 0), end = '/'; end; *c++ = end) {
+    c += strcspn(c, "/");
+    end = *c;
     *c = 0;
-#ifdef _WIN32
-    int bad = _mkdir(copy);
-#else
-    int bad = mkdir(copy, 0777);
-#endif
-    if (bad && errno != EEXIST && !end)
+    if (mkdir(copy, 0777) && errno != EEXIST && !end)
       tbr_fail("%s: cannot be made a directory: %s", path, strerror(errno));
-    *c = end;
-    if (!end) break;
   }
   free(copy);
 }
@@ -293,13 +265,8 @@ static Out *out_open(const char *path) {
   o->temp = format_string("%s.tmp", path);
   o->file = fopen(o->temp, "wb");
   if (!o->file) tbr_fail("%s: cannot be written: %s", path, strerror(errno));
-#ifdef _OPENMP
 #pragma omp critical(tbr_files)
-#endif
-  {
-    o->next = global.open;
-    global.open = o;
-  }
+  o->next = global.open, global.open = o;
   return o;
 }
 
@@ -310,30 +277,20 @@ static void out_write(Out *o, const void *bytes, size_t n) {
 
 /* Flushes the file to the disk and gives it its final name. */
 static void out_close(Out *o) {
-  int bad = fflush(o->file);
-#ifndef _WIN32
-  bad = bad || fsync(fileno(o->file));
-#endif
+  int bad = fflush(o->file) || fsync(fileno(o->file));
   bad = fclose(o->file) || bad;
   o->file = NULL;
   if (bad)
     tbr_fail("%s: cannot be written to its end: %s", o->path, strerror(errno));
-#ifdef _WIN32
-  remove(o->path); /* there, rename doesn't replace */
-#endif
   if (rename(o->temp, o->path))
     tbr_fail("%s: cannot be given its name: %s", o->path, strerror(errno));
-#ifdef _OPENMP
+  Out **at = &global.open;
 #pragma omp critical(tbr_files)
-#endif
-  for (Out **at = &global.open; *at; at = &(*at)->next)
-    if (*at == o) {
-      *at = o->next;
-      break;
-    }
-  free(o->path);
-  free(o->temp);
-  free(o);
+  {
+    while (*at && *at != o) at = &(*at)->next;
+    if (*at) *at = o->next;
+  }
+  free(o->path), free(o->temp), free(o);
 }
 
 /* Writes n bytes as the whole content of path. */
@@ -341,6 +298,18 @@ static void write_file(const char *path, const void *bytes, size_t n) {
   Out *o = out_open(path);
   out_write(o, bytes, n);
   out_close(o);
+}
+
+static char *path_in(const char *directory, const char *name) {
+  return format_string("%s/%s", directory, name);
+}
+
+/* Writes n bytes as the whole content of a file in a directory. */
+static void write_in(const char *directory, const char *name,
+                     const void *bytes, size_t n) {
+  char *path = path_in(directory, name);
+  write_file(path, bytes, n);
+  free(path);
 }
 
 /* Seconds since some fixed moment, for rates only. */
@@ -354,55 +323,38 @@ static double now(void) {
 #endif
 }
 
-static int is_terminal(FILE *f) {
-#ifdef _WIN32
-  return _isatty(_fileno(f));
-#else
-  return isatty(fileno(f));
-#endif
-}
-
-void tbr_threads(int n) { global.threads = n; }
+static int is_terminal(FILE *f) { return isatty(fileno(f)); }
 
 /* Threads for the next parallel loop. */
 static int threads(void) {
-#ifdef _OPENMP
   if (omp_in_parallel()) return 1;
   return global.threads > 0 ? global.threads : omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 /* A line that says how far something is: a bar, the rate and the time left,
- * drawn over itself on a terminal, a few times a second. Starts as {0} with
- * its label, total and unit set. */
+ * drawn over itself on a terminal, a few times a second. */
 typedef struct {
   const char *label, *unit;
   size_t total;
-  double units_per_item; /* what the rate counts: tokens a step, say */
-  double began, drawn;
+  double units_per_item, began, drawn; /* the rate counts tokens a step, say */
 } Progress;
 
 static void progress(Progress *p, size_t done, const char *note) {
-#ifdef _OPENMP
-  if (omp_get_thread_num() > 0) return; /* side by side, one is shown */
-#endif
-  if (!is_terminal(stderr)) return;
+  /* of several side by side, one is shown */
+  if (omp_get_thread_num() > 0 || !is_terminal(stderr)) return;
   double t = now();
   if (p->began <= 0) p->began = t;
   if (done < p->total && t - p->drawn < 0.2) return;
   p->drawn = t;
+  double share = p->total ? (double)done / (double)p->total : 1;
   double spent = t - p->began, rate = spent > 0 ? (double)done / spent : 0;
-  char bar[21] = "                    ";
-  size_t filled = p->total ? done * 20 / p->total : 20;
-  memset(bar, '=', filled > 20 ? 20 : filled);
-  fprintf(stderr, "\r%-12.12s [%s] %3.0f%%  %.0f %s/s  %.0f s left  %s\033[K",
-          p->label, bar,
-          p->total ? 100.0 * (double)done / (double)p->total : 100.0,
-          rate * p->units_per_item, p->unit,
-          rate > 0 ? (double)(p->total - done) / rate : 0.0, note);
-  if (done >= p->total) fprintf(stderr, "\n");
+  int filled = share < 1 ? (int)(20 * share) : 20;
+  fprintf(stderr,
+          "\r%-12.12s [%.*s%*s] %3.0f%%  %.0f %s/s  %.0f s left  %s\033[K%s",
+          p->label, filled, "====================", 20 - filled, "",
+          100 * share, rate * p->units_per_item, p->unit,
+          rate > 0 ? (double)(p->total - done) / rate : 0.0, note,
+          done < p->total ? "" : "\n");
 }
 
 /* ======================================================================
@@ -429,29 +381,13 @@ else -ffloat-store -DTBR_STORES_FLOATS makes the results exact."
 #define TBR_FAST_FMA 0
 #endif
 
-static uint32_t float_bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-static float bits_float(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-static double bits_double(uint64_t u) {
-  double x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-static uint64_t double_bits(double x) {
-  uint64_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
+/* The bits of floating-point numbers, and numbers from bits. */
+typedef union { float x; uint32_t bits; } Float;
+typedef union { double x; uint64_t bits; } Double;
+static uint32_t float_bits(float x) { return ((Float){.x = x}).bits; }
+static float bits_float(uint32_t u) { return ((Float){.bits = u}).x; }
+static uint64_t double_bits(double x) { return ((Double){.x = x}).bits; }
+static double bits_double(uint64_t u) { return ((Double){.bits = u}).x; }
 
 /* a*b + c rounded once, without hardware for it. The product of two floats
  * is exact in double; the sum is rounded to odd there (the last bit is set
@@ -480,10 +416,15 @@ static inline real madd(real a, real b, real c) {
 #endif
 }
 
+/* Added and taken off again, 1.5 * 2^52 rounds a double to a whole number. */
+#define TO_WHOLE 6755399441055744.0
+#define LN2_HIGH 6.93147180369123816490e-01 /* ln 2 in two parts */
+#define LN2_LOW 1.90821492927058770002e-10
+
 /* Horner's rule over n coefficients, highest power first. */
 static double polynomial(double x, const double *c, size_t n) {
-  double y = c[0];
-  for (size_t i = 1; i < n; i++) y = y * x + c[i];
+  double y = *c;
+  while (--n) y = y * x + *++c;
   return y;
 }
 
@@ -494,22 +435,19 @@ double tbr_exp(double x) {
       1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0,
       1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0,
       1 / 6.0, 0.5, 1, 1};
-  if (!(x == x)) return x;
-  if (x > 700) x = 700;
-  if (x < -700) x = -700;
-  const double magic = 6755399441055744.0; /* 1.5 * 2^52: rounds to integer */
-  double t = x * 1.4426950408889634 + magic, n = t - magic;
-  double r = x - n * 6.93147180369123816490e-01; /* ln 2 in two parts */
-  r = r - n * 1.90821492927058770002e-10;
+  if (x != x) return x;
+  x = x > 700 ? 700 : x < -700 ? -700 : x;
+  double t = x * 1.4426950408889634 + TO_WHOLE, n = t - TO_WHOLE;
+  double r = x - n * LN2_HIGH - n * LN2_LOW;
   double scale = bits_double((double_bits(t) << 52) + ((uint64_t)1023 << 52));
   return polynomial(r, c, 14) * scale;
 }
 
 /* log(x) = k ln 2 + 2 atanh(s), s = (m-1)/(m+1), m in [sqrt(1/2), sqrt 2). */
 double tbr_log(double x) {
-  static const double c[] = {1 / 23.0, 1 / 21.0, 1 / 19.0, 1 / 17.0,
-                             1 / 15.0, 1 / 13.0, 1 / 11.0, 1 / 9.0,
-                             1 / 7.0, 1 / 5.0, 1 / 3.0, 1};
+  static const double c[] = {
+      1 / 23.0, 1 / 21.0, 1 / 19.0, 1 / 17.0, 1 / 15.0, 1 / 13.0, 1 / 11.0,
+      1 / 9.0, 1 / 7.0, 1 / 5.0, 1 / 3.0, 1};
   if (!(x > 0)) return x < 0 ? NAN : x == 0 ? -INFINITY : x;
   if (x > DBL_MAX) return x;
   int k = 0;
@@ -519,9 +457,8 @@ double tbr_log(double x) {
   double m = bits_double((u & 0xfffffffffffffULL) | ((uint64_t)1023 << 52));
   if (m > 1.4142135623730951) m = m * 0.5, k++;
   double s = (m - 1) / (m + 1);
-  double y = 2 * s * polynomial(s * s, c, 12);
-  return (double)k * 6.93147180369123816490e-01 +
-         ((double)k * 1.90821492927058770002e-10 + y);
+  double y = 2 * s * polynomial(s * s, c, 12), n = k;
+  return n * LN2_HIGH + (n * LN2_LOW + y);
 }
 
 /* sin(x + quarter * pi/2), by Taylor in |r| <= pi/4. |x| below 2^20. */
@@ -532,11 +469,9 @@ static double sine(double x, unsigned quarter) {
   static const double even[] = {
       1 / 20922789888000.0, -1 / 87178291200.0, 1 / 479001600.0,
       -1 / 3628800.0, 1 / 40320.0, -1 / 720.0, 1 / 24.0, -0.5, 1};
-  const double magic = 6755399441055744.0;
-  double t = x * 0.63661977236758134308 + magic, n = t - magic;
-  double r = x - n * 1.57079632673412561417e+00; /* pi/2 in three parts */
-  r = r - n * 6.07710050630396597660e-11;
-  r = r - n * 2.02226624879595063154e-21;
+  double t = x * 0.63661977236758134308 + TO_WHOLE, n = t - TO_WHOLE;
+  double r = x - n * 1.57079632673412561417e+00 - /* pi/2 in three parts */
+             n * 6.07710050630396597660e-11 - n * 2.02226624879595063154e-21;
   quarter = (quarter + (unsigned)(double_bits(t) & 3)) & 3;
   double y = quarter & 1 ? polynomial(r * r, even, 9)
                          : r * polynomial(r * r, odd, 9);
@@ -554,19 +489,13 @@ static inline real exp_real(real x) {
   return tbr_exp(x);
 #else
   const float magic = 12582912.0f; /* 1.5 * 2^23 */
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   float t = madd(x, 1.44269504f, magic), n = t - magic;
   float r = madd(n, -0.693145752f, x); /* ln 2 in two parts */
   r = madd(n, -1.42860677e-6f, r);
-  float y = 1.98412698e-4f;
-  y = madd(y, r, 1.38888889e-3f);
-  y = madd(y, r, 8.33333333e-3f);
-  y = madd(y, r, 4.16666667e-2f);
-  y = madd(y, r, 1.66666667e-1f);
-  y = madd(y, r, 0.5f);
-  y = madd(y, r, 1.0f);
-  y = madd(y, r, 1.0f);
+  float y = madd(madd(1.98412698e-4f, r, 1.38888889e-3f), r, 8.33333333e-3f);
+  y = madd(madd(y, r, 4.16666667e-2f), r, 1.66666667e-1f);
+  y = madd(madd(madd(y, r, 0.5f), r, 1.0f), r, 1.0f);
   return y * bits_float((float_bits(t) << 23) + 0x3f800000u);
 #endif
 }
@@ -574,11 +503,7 @@ static inline real exp_real(real x) {
 float tbr_expf(float x) { return (float)exp_real((real)x); }
 
 static real root(real x) {
-#ifdef TBR_DOUBLE
-  return sqrt(x);
-#else
-  return sqrtf(x);
-#endif
+  return sizeof x == sizeof(float) ? sqrtf((float)x) : (real)sqrt((double)x);
 }
 
 enum { LANES = 16 };
@@ -605,9 +530,7 @@ static real dot(const real *a, const real *b, size_t n) {
 /* A stream of random numbers: splitmix64 (Steele et al., 2014), which walks
  * a counter and mixes it. Each purpose has a stream of its own, so that
  * drawing more for one changes nothing for another. */
-typedef struct {
-  uint64_t state;
-} Rng;
+typedef struct { uint64_t state; } Rng;
 
 enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ARMS };
 
@@ -623,8 +546,7 @@ static Rng rng_stream(uint64_t seed, uint64_t purpose, uint64_t index) {
   Rng r = {seed};
   r.state = rng_next(&r) ^ purpose;
   r.state = rng_next(&r) ^ index;
-  r.state = rng_next(&r);
-  return r;
+  return (Rng){rng_next(&r)};
 }
 
 /* Uniform in [0, 1), all 53 bits. */
@@ -649,10 +571,9 @@ static double rng_normal(Rng *r) {
 /* order becomes a random permutation of 0 .. n-1 (Fisher and Yates). */
 static void shuffle(size_t *order, size_t n, Rng *r) {
   for (size_t i = 0; i < n; i++) order[i] = i;
-  for (size_t i = n; i > 1; i--) {
-    size_t j = rng_below(r, i), t = order[i - 1];
-    order[i - 1] = order[j];
-    order[j] = t;
+  for (size_t i = n; i-- > 1;) {
+    size_t j = rng_below(r, i + 1), t = order[i];
+    order[i] = order[j], order[j] = t;
   }
 }
 
@@ -667,12 +588,10 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
 /* The digest of numbers: their bits as little-endian single precision. */
 uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
   if (!hash) hash = HASH_START;
-  for (size_t i = 0; i < n; i++) {
-    uint32_t u = float_bits((float)x[i]);
-    unsigned char b[4] = {(unsigned char)u, (unsigned char)(u >> 8),
-                          (unsigned char)(u >> 16), (unsigned char)(u >> 24)};
-    hash = hash_bytes(hash, b, 4);
-  }
+  for (size_t i = 0; i < n; i++)
+    for (int k = 0; k < 32; k += 8)
+      hash = hash_bytes(
+          hash, &(unsigned char){float_bits((float)x[i]) >> k & 0xff}, 1);
   return hash;
 }
 
@@ -878,10 +797,11 @@ void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
 
 /* Adds a code point as UTF-8. */
 static void buf_utf8(Buf *b, uint32_t c) {
-  int more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+  unsigned more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
   uint32_t mark = more ? 0xff00u >> (more + 1) & 0xffu : 0;
   buf_char(b, (int)(mark | c >> 6 * more));
-  while (more--) buf_char(b, (int)(0x80u | (c >> 6 * more & 0x3fu)));
+  for (; more; more--)
+    buf_char(b, (int)(0x80u | (c >> 6 * (more - 1) & 0x3fu)));
 }
 
 /* Reads a code point; returns its length, or 0 if s is not valid UTF-8. */
@@ -892,27 +812,24 @@ static size_t utf8_decode(const char *s, size_t n, uint32_t *code) {
               : u[0] >> 4 == 14 ? 2 : u[0] >> 3 == 30 ? 3 : n;
   if (more >= n) return 0;
   uint32_t c = more ? u[0] & (0x3fu >> more) : u[0];
-  for (size_t i = 1; i <= more; i++) {
+  for (size_t i = 1; i <= more; c = c << 6 | (u[i++] & 0x3fu))
     if (u[i] >> 6 != 2) return 0;
-    c = c << 6 | (u[i] & 0x3fu);
-  }
-  if (c < least[more] || c > 0x10ffff || (c >= 0xd800 && c < 0xe000)) return 0;
+  if (c < least[more] || c > 0x10ffff || c >> 11 == 0x1b) return 0;
   *code = c;
   return more + 1;
 }
 
-/* A value and what it holds; the values of one array or object are a list. */
+/* A value; those of one array or object are a list. */
 typedef struct Json {
-  enum {
+  enum JsonKind {
     JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
     JSON_OBJECT
   } kind;
   double number;
-  char *string; /* may hold 0 bytes; closed by one that length doesn't count */
-  char *key;    /* inside an object */
+  char *string, *key; /* string may hold 0 bytes; key: inside an object */
   struct Json *child, *next;
-  size_t length, line;
-  const char *path; /* where it was read, for messages */
+  size_t length, line; /* length: of the string */
+  const char *path;    /* where it was read, for messages */
 } Json;
 
 /* What is being read. *end is 0 or a line end, which no token of JSON goes
@@ -927,28 +844,23 @@ TBR_NORETURN static void json_fail(const JsonReader *r, const char *what) {
            (size_t)(r->at - r->line_start) + 1, what);
 }
 
-static void json_blanks(JsonReader *r) {
+/* Passes blanks, and takes the byte c if it comes next (0: takes none); else
+ * fails with `need`, where that is given. */
+static int json_next(JsonReader *r, char c, const char *need) {
   for (; r->at < r->end && memchr(" \t\r\n", *r->at, 4); r->at++)
     if (*r->at == '\n') r->line++, r->line_start = r->at + 1;
-}
-
-/* Takes the byte c if it comes next, blanks left aside. */
-static int json_next(JsonReader *r, char c) {
-  json_blanks(r);
-  if (*r->at != c) return 0;
-  r->at++;
-  return 1;
+  if (c && *r->at == c) return r->at++, 1;
+  if (need) json_fail(r, need);
+  return 0;
 }
 
 /* Takes a number, if one is here. What follows JSON's grammar, strtod reads
  * alike in the C locale, which this program never leaves. */
 static int json_take_number(JsonReader *r, double *x) {
-  static const char digits[] = "0123456789";
-  const char *s = r->at + (*r->at == '-');
-  size_t n = strspn(s, digits);
-  if (*s == '0' && n > 1) n = 0;
+  const char *s = r->at + (*r->at == '-'), *const digits = "0123456789";
+  size_t n = *s == '0' ? 1 : strspn(s, digits);
   s += n;
-  if (n && *s == '.') s++, s += n = strspn(s, digits);
+  if (n && *s == '.') s += 1 + (n = strspn(s + 1, digits));
   if (n && (*s == 'e' || *s == 'E')) {
     s += s[1] == '-' || s[1] == '+' ? 2 : 1;
     s += n = strspn(s, digits);
@@ -960,44 +872,34 @@ static int json_take_number(JsonReader *r, double *x) {
   return 1;
 }
 
-/* Takes \uXXXX and returns its code. */
-static uint32_t json_take_code(JsonReader *r) {
+/* The code in \uXXXX, or UINT32_MAX if s does not begin like that. */
+static uint32_t json_code(const char *s) {
   char digits[5] = {0};
-  if (r->at[1] != 'u' || strspn(r->at + 2, "0123456789abcdefABCDEF") < 4)
-    json_fail(r, "unknown escape; one of \\\" \\\\ \\/ \\b \\f \\n \\r \\t or "
-                 "\\u with four hexadecimal digits would be right");
-  memcpy(digits, r->at + 2, 4);
-  r->at += 6;
-  return (uint32_t)strtoul(digits, NULL, 16);
+  if (s[0] != '\\' || s[1] != 'u' ||
+      strspn(s + 2, "0123456789abcdefABCDEF") < 4) return UINT32_MAX;
+  return (uint32_t)strtoul(memcpy(digits, s + 2, 4), NULL, 16);
 }
 
 /* A string, its opening quote already taken; fresh memory. Half a surrogate
- * pair becomes U+FFFD, which goes again if its other half comes next. */
+ * pair becomes U+FFFD. */
 static char *json_take_string(JsonReader *r, size_t *length) {
   static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-  const char *known;
   Buf b = {0};
-  buf_add(&b, "", 0);
-  uint32_t high = 0;
-  for (size_t half_end = SIZE_MAX; *r->at != '"';) {
-    if ((unsigned char)*r->at < 0x20)
-      json_fail(r, "raw control character or the text's end inside a string; "
-                   "\\n, \\t, \\u00XX or a quote would be right");
-    if (*r->at != '\\') {
-      buf_char(&b, *r->at++);
-    } else if ((known = memchr(from, r->at[1], 8)) != NULL) {
-      buf_char(&b, to[known - from]);
-      r->at += 2;
-    } else {
-      uint32_t code = json_take_code(r);
-      if (b.n == half_end && code >= 0xdc00 && code < 0xe000) {
-        b.n -= 3;
-        code = 0x10000 + ((high - 0xd800) << 10) + (code - 0xdc00);
-      }
-      buf_utf8(&b, code >= 0xd800 && code < 0xe000 ? 0xfffd : code);
-      high = code;
-      half_end = code >= 0xd800 && code < 0xdc00 ? b.n : SIZE_MAX;
-    }
+  for (buf_str(&b, ""); *r->at != '"';) {
+    int escape = *r->at == '\\';
+    const char *known = escape ? memchr(from, r->at[1], 8) : NULL;
+    uint32_t code = escape ? json_code(r->at) : 0, low;
+    if ((unsigned char)*r->at < 0x20 || (!known && code == UINT32_MAX))
+      json_fail(r, "raw control character, unknown escape or the text's end "
+                   "inside a string; \\ and one of \"\\/bfnrt, or \\u with "
+                   "four hexadecimal digits, or a quote would be right");
+    if (!escape) buf_char(&b, *r->at);
+    if (known) buf_char(&b, to[known - from]);
+    r->at += known ? 2 : escape ? 6 : 1;
+    if (known || !escape) continue;
+    if (code >> 10 == 0x36 && (low = json_code(r->at)) >> 10 == 0x37)
+      code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff)), r->at += 6;
+    buf_utf8(&b, code >> 11 == 0x1b ? 0xfffd : code);
   }
   r->at++;
   *length = b.n;
@@ -1009,42 +911,35 @@ static Json *json_value(JsonReader *r, int depth) {
   static const char *const word[] = {"null", "false", "true"};
   Json *v = mem_new(1, sizeof *v), **last = &v->child;
   size_t n;
-  json_blanks(r);
-  v->line = r->line;
-  v->path = r->path;
-  v->kind = JSON_NUMBER;
+  json_next(r, 0, NULL);
+  v->line = r->line, v->path = r->path;
+  for (; v->kind < JSON_NUMBER; v->kind++)
+    if (!strncmp(r->at, word[v->kind], n = strlen(word[v->kind])))
+      return r->at += n, v;
   if (json_take_number(r, &v->number)) return v;
-  for (v->kind = JSON_NULL; v->kind <= JSON_TRUE; v->kind++)
-    if (!strncmp(r->at, word[v->kind], n = strlen(word[v->kind]))) {
-      r->at += n;
-      return v;
-    }
-  if (json_next(r, '"')) {
-    v->kind = JSON_STRING;
-    v->string = json_take_string(r, &v->length);
-    return v;
-  }
-  v->kind = json_next(r, '[') ? JSON_ARRAY : JSON_OBJECT;
-  if (v->kind == JSON_OBJECT && !json_next(r, '{'))
-    json_fail(r, "a value should come here: \"text\", a number, true, false, "
-                 "null, [ or {");
-  if (depth >= 64) json_fail(r, "nested deeper than 64 levels");
+  v->kind = json_next(r, '"', NULL) ? JSON_STRING
+          : json_next(r, '[', NULL) ? JSON_ARRAY : JSON_OBJECT;
+  if (v->kind == JSON_STRING)
+    return v->string = json_take_string(r, &v->length), v;
   char close = v->kind == JSON_ARRAY ? ']' : '}', *key = NULL;
-  if (json_next(r, close)) return v;
+  if (close == '}')
+    json_next(r, '{', "a value should come here: \"text\", a number, true, "
+                      "false, null, [ or {");
+  if (depth >= 64) json_fail(r, "nested deeper than 64 levels");
+  if (json_next(r, close, NULL)) return v;
   do {
-    if (v->kind == JSON_OBJECT) {
-      if (!json_next(r, '"')) json_fail(r, "a key in quotes should come here");
+    if (close == '}') {
+      json_next(r, '"', "a key in quotes should come here");
       key = json_take_string(r, &n);
       if (strlen(key) != n) json_fail(r, "a key cannot hold \\u0000");
-      if (!json_next(r, ':')) json_fail(r, "a colon should come here");
+      json_next(r, ':', "a colon should come here");
     }
     *last = json_value(r, depth + 1);
     (*last)->key = key;
     last = &(*last)->next;
-  } while (json_next(r, ','));
-  if (!json_next(r, close))
-    json_fail(r, close == '}' ? "a comma or } should come here"
-                              : "a comma or ] should come here");
+  } while (json_next(r, ',', NULL));
+  json_next(r, close, close == '}' ? "a comma or } should come here"
+                                   : "a comma or ] should come here");
   return v;
 }
 
@@ -1053,9 +948,8 @@ static Json *json_value(JsonReader *r, int depth) {
 static Json *json_parse(const char *text, size_t n, const char *path,
                         size_t first_line) {
   JsonReader r = {text, text + n, text, path, first_line};
-  if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) r.at += 3;
   Json *v = json_value(&r, 0);
-  json_blanks(&r);
+  json_next(&r, 0, NULL);
   if (r.at != r.end) json_fail(&r, "the text should end after its one value");
   return v;
 }
@@ -1071,13 +965,10 @@ static Json *json_read(const char *path) {
 
 /* Frees a value and those after it in its list. */
 static void json_free(Json *v) {
-  while (v) {
-    Json *next = v->next;
+  for (Json *next; v; v = next) {
+    next = v->next;
     json_free(v->child); /* goes as deep as the nesting */
-    free(v->string);
-    free(v->key);
-    free(v);
-    v = next;
+    free(v->string), free(v->key), free(v);
   }
 }
 
@@ -1090,31 +981,28 @@ static Json *json_get(const Json *object, const char *key) {
   return found;
 }
 
+/* The same, NULL also for null; any other kind than that one is an error. */
+static const Json *json_want(const Json *in, const char *key,
+                             enum JsonKind kind) {
+  const Json *v = json_get(in, key);
+  if (!v || v->kind == JSON_NULL) return NULL;
+  if (v->kind != kind || (v->string && strlen(v->string) != v->length))
+    tbr_fail("%s:%zu: \"%s\" should be a %s", v->path, v->line, key,
+             kind == JSON_NUMBER ? "number" : "string without \\u0000");
+  return v;
+}
+
 /* A member that is a number; otherwise stands for one that is absent. */
 static double json_number(const Json *in, const char *key, double otherwise) {
-  const Json *v = json_get(in, key);
-  if (v && v->kind != JSON_NUMBER)
-    tbr_fail("%s:%zu: \"%s\" should be a number", v->path, v->line, key);
+  const Json *v = json_want(in, key, JSON_NUMBER);
   return v ? v->number : otherwise;
 }
 
 /* A member that is a string without zero bytes. */
-static const char *json_string(const Json *object, const char *key,
+static const char *json_string(const Json *in, const char *key,
                                const char *otherwise) {
-  const Json *v = json_get(object, key);
-  if (v && (v->kind != JSON_STRING || strlen(v->string) != v->length))
-    tbr_fail("%s:%zu: \"%s\" should be a string without \\u0000", v->path,
-             v->line, key);
+  const Json *v = json_want(in, key, JSON_STRING);
   return v ? v->string : otherwise;
-}
-
-/* The whole number that v, found in `in`, must be; most is at most 2^53. */
-static uint64_t json_whole(const Json *in, const Json *v, double most) {
-  double x = v && v->kind == JSON_NUMBER ? v->number : -1;
-  if (!(x >= 0 && x <= most) || (double)(uint64_t)x != x)
-    tbr_fail("%s:%zu: \"%s\" should have whole numbers from 0 to %.0f",
-             in->path, in->line, in->key ? in->key : "id", most);
-  return (uint64_t)x;
 }
 
 /* Adds a JSON string literal. A byte that isn't UTF-8 becomes U+FFFD. */
@@ -1131,12 +1019,18 @@ static void json_quote(Buf *b, const char *bytes, size_t n) {
   buf_char(b, '"');
 }
 
-/* A table of text. */
+/* Adds a member to an object: ", " where one stands before, "name": "text". */
+static void json_field(Buf *b, const char *name, const char *text) {
+  if (b->s[b->n - 1] != '{') buf_str(b, ", ");
+  json_quote(b, name, strlen(name));
+  buf_str(b, ": ");
+  json_quote(b, text, strlen(text));
+}
+
+/* A table of text; row 0 is the header, line[row] where a row starts. */
 typedef struct {
-  size_t rows, columns;
-  char **cell;  /* cell[row * columns + column]; row 0 is the header */
-  size_t *line; /* where each row starts */
-  char *text;   /* what the cells point into */
+  size_t rows, columns, *line;
+  char **cell, *text; /* cell[row * columns + column], all inside text */
 } Csv;
 
 /* Reads a whole file, its cells in place. Empty lines are skipped, ragged
@@ -1146,8 +1040,7 @@ static Csv csv_read(const char *path) {
   size_t n, cells = 0, cell_cap = 0, line_cap = 0, line = 1;
   char *at = csv.text = read_file(path, &n), end = '\n';
   if (strlen(at) != n)
-    tbr_fail("%s: holds a zero byte at offset %zu; CSV is text", path,
-             strlen(at));
+    tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(at));
   if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
   for (char *to = at; end;) {
     for (; *at == '\n' || *at == '\r'; at++) line += *at == '\n';
@@ -1161,21 +1054,18 @@ static Csv csv_read(const char *path) {
       csv.cell = mem_grow(csv.cell, &cell_cap, cells + 1, sizeof *csv.cell);
       csv.cell[cells++] = to;
       at += quoted;
-      while (quoted ? *at != '"' || *++at == '"' : !strchr(",\r\n", *at)) {
-        if (quoted ? !*at : *at == '"')
-          tbr_fail("%s:%zu: %s", path, first, quoted
-                   ? "the quote that opens here is never closed"
-                   : "quote inside a cell; the whole cell should be in quotes "
-                     "and this one doubled");
+      while (quoted ? *at != '"' || *++at == '"' : !strchr(",\r\n\"", *at)) {
+        if (!*at)
+          tbr_fail("%s:%zu: this quote is never closed", path, first);
         line += *at == '\n';
-        *to++ = *at++;
+        *to++ = *at++; /* never ahead of what was read */
       }
       if (!strchr(",\r\n", end = *at)) /* which finds the final 0 as well */
-        tbr_fail("%s:%zu: after a closing quote a comma or the line's end "
-                 "should come; a quote inside is doubled", path, line);
+        tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
+                 "quotes, and this one doubled", path, line);
       at += end != 0;
       line += end == '\n';
-      *to++ = 0; /* never ahead of what was read */
+      *to++ = 0;
     } while (end == ',');
     if (!csv.rows++) csv.columns = cells;
     if (cells - before != csv.columns)
@@ -1197,24 +1087,26 @@ static size_t csv_column(const Csv *csv, const char *name) {
 static void csv_quote(Buf *b, const char *cell) {
   const char *quote = strpbrk(cell, ",\"\r\n") ? "\"" : "";
   buf_str(b, quote);
-  for (; *cell; cell++) {
+  for (; *cell; buf_char(b, *cell++))
     if (*cell == '"') buf_char(b, '"');
-    buf_char(b, *cell);
-  }
   buf_str(b, quote);
 }
 
 static void csv_free(Csv *csv) {
-  free(csv->cell);
-  free(csv->line);
-  free(csv->text);
+  free(csv->cell), free(csv->line), free(csv->text);
 }
 
-/* Where a tensor of a safetensors file is and what it is. */
+/* The types that safetensors knows; those before INTEGERS can be read. */
+enum { F64, F32, F16, BF16, INTEGERS, ST_TYPES = 15 };
+static const struct { const char *name; size_t size; } st_type[ST_TYPES] = {
+    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"U64", 8},
+    {"I32", 4}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1},
+    {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+
+/* Where a tensor is and what it is. */
 typedef struct {
-  const char *name, *dtype; /* inside the header */
-  size_t dim[4], n_dim, count, size; /* numbers in it, bytes of each */
-  uint64_t begin, end;               /* offsets in the data part */
+  const char *name; /* inside the header */
+  size_t type, dim[4], n_dim, count, at[2]; /* at: its place in the data */
 } StEntry;
 
 /* An open file; entry is in the order of the data. */
@@ -1241,55 +1133,56 @@ static uint64_t little_endian(const unsigned char *b, size_t n) {
   return u;
 }
 
-/* Writes the low n bytes of a number, the lowest first. */
-static void out_little_endian(Out *o, uint64_t u, size_t n) {
-  unsigned char b[8];
-  for (size_t i = 0; i < 8; i++) b[i] = (unsigned char)(u >> 8 * i);
-  out_write(o, b, n);
+/* Adds the low n bytes of a number, the lowest first. */
+static void buf_little_endian(Buf *b, uint64_t u, size_t n) {
+  for (; n--; u >>= 8) buf_char(b, (int)(u & 255));
 }
 
-/* Bytes per number of a type, 0 if unknown: its name says how many bits. */
-static size_t dtype_size(const char *dtype) {
-  if (!strcmp(dtype, "BOOL")) return 1;
-  unsigned long bits = strtoul(dtype + strcspn(dtype, "0123456789"), NULL, 10);
-  return bits == 8 || bits == 16 || bits == 32 || bits == 64 ? bits / 8 : 0;
-}
-
-/* Reads one member of the header and checks shape, type and extent. */
-static StEntry st_entry(const Json *v) {
-  const Json *shape = json_get(v, "shape"), *at = json_get(v, "data_offsets");
-  const Json *begin = at ? at->child : NULL;
-  const double most = 9007199254740992.0; /* 2^53 */
-  StEntry e = {.name = v->key, .dtype = json_string(v, "dtype", ""),
-               .count = 1};
-  e.size = dtype_size(e.dtype);
-  if (!e.size)
-    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"", v->path, e.name,
-             e.dtype);
-  for (const Json *d = shape ? shape->child : NULL; d; d = d->next) {
-    uint64_t dim = json_whole(v, d, most);
-    if (e.n_dim == 4 || (dim && e.count > SIZE_MAX / 8 / dim))
-      tbr_fail("%s: tensor \"%s\" is too large for this platform or has more "
-               "than 4 dimensions", v->path, e.name);
-    e.dim[e.n_dim++] = (size_t)dim;
-    e.count *= (size_t)dim;
+/* Takes the list of whole numbers, at most `most`, which the entry v must
+ * have under that key; returns how many. */
+static size_t st_numbers(const Json *v, const char *key, size_t *to,
+                         size_t most) {
+  const Json *list = json_get(v, key), *d = v;
+  size_t n = 0;
+  if (list && list->kind == JSON_ARRAY) d = list->child;
+  for (; d; d = d->next) {
+    double x = d->kind == JSON_NUMBER && n < most ? d->number : -1;
+    if (!(x >= 0 && x <= 0x1p53 && x < (double)SIZE_MAX) ||
+        (double)(to[n++] = (size_t)x) != x)
+      tbr_fail("%s: tensor \"%s\" should have up to %zu whole numbers from 0 "
+               "to 2^53 as \"%s\"", v->path, v->key, most, key);
   }
-  e.begin = json_whole(v, begin, most);
-  e.end = json_whole(v, begin ? begin->next : NULL, most);
-  if (!shape || shape->kind != JSON_ARRAY || e.end < e.begin ||
-      e.end - e.begin != (uint64_t)e.count * e.size)
-    tbr_fail("%s: tensor \"%s\" should have a \"shape\" and \"data_offsets\" "
-             "that agree; its numbers need %zu bytes and lie at %.0f..%.0f",
-             v->path, e.name, e.count * e.size, (double)e.begin,
-             (double)e.end);
+  return n;
+}
+
+/* Reads one member of the header: its shape and type must need as many bytes
+ * as its place has. In double this needs no check for overflow: what isn't
+ * exact there is larger than any place. */
+static StEntry st_entry(const Json *v) {
+  const char *dtype = json_string(v, "dtype", "");
+  StEntry e = {.name = v->key};
+  while (e.type < ST_TYPES && strcmp(dtype, st_type[e.type].name)) e.type++;
+  if (e.type == ST_TYPES)
+    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"; F32 would be right",
+             v->path, e.name, dtype);
+  double bytes = (double)st_type[e.type].size;
+  e.n_dim = st_numbers(v, "shape", e.dim, 4);
+  for (size_t i = 0; i < e.n_dim; i++) bytes *= (double)e.dim[i];
+  if (st_numbers(v, "data_offsets", e.at, 2) != 2 ||
+      (double)e.at[1] - (double)e.at[0] != bytes)
+    tbr_fail("%s: tensor \"%s\" should have \"data_offsets\" that agree with "
+             "its \"shape\"; it needs %.0f bytes and lies at %zu..%zu",
+             v->path, e.name, bytes, e.at[0], e.at[1]);
+  e.count = (e.at[1] - e.at[0]) / st_type[e.type].size;
   return e;
 }
 
 /* For qsort: the order in which tensors lie in the file. */
 static int st_order(const void *a, const void *b) {
   const StEntry *x = a, *y = b;
-  uint64_t p = x->begin + x->end, q = y->begin + y->end;
-  return p != q ? (p < q ? -1 : 1) : strcmp(x->name, y->name);
+  size_t k = x->at[0] == y->at[0]; /* an empty one comes first */
+  return x->at[k] < y->at[k] ? -1 : x->at[k] > y->at[k] ? 1
+       : strcmp(x->name, y->name);
 }
 
 /* Opens a file and checks its header: the tensors that it tells of must fill
@@ -1303,9 +1196,9 @@ static SafeTensors *st_open(const char *path) {
   uint64_t n = little_endian(length, 8), at = 0;
   uint64_t data = file_length(st->file, path) - 8;
   if (n > data || n > 100000000)
-    tbr_fail("%s: its header should be %.0f bytes long; at most %.0f and a "
-             "hundred million can be (is this a safetensors file?)", path,
-             (double)n, (double)data);
+    tbr_fail("%s: its header should be %.0f bytes long, of %.0f there; at most "
+             "1e8 can be (is this safetensors?)", path, (double)n,
+             (double)data);
   st->data_at = 8 + n;
   data -= n;
   char *text = mem_new((size_t)n + 1, 1);
@@ -1314,17 +1207,17 @@ static SafeTensors *st_open(const char *path) {
   free(text);
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
-  size_t cap = 0;
-  for (const Json *v = st->header->child; v; v = v->next) {
-    if (!strcmp(v->key, "__metadata__")) continue;
-    st->entry = mem_grow(st->entry, &cap, st->n + 1, sizeof *st->entry);
-    st->entry[st->n++] = st_entry(v);
-  }
+  const Json *v = st->header->child;
+  for (size_t cap = 0; v; v = v->next)
+    if (strcmp(v->key, "__metadata__")) {
+      st->entry = mem_grow(st->entry, &cap, st->n + 1, sizeof *st->entry);
+      st->entry[st->n++] = st_entry(v);
+    }
   if (st->n) qsort(st->entry, st->n, sizeof *st->entry, st_order);
-  for (const StEntry *e = st->entry; e < st->entry + st->n; at = e++->end)
-    if (e->begin != at)
-      tbr_fail("%s: tensor \"%s\" begins at %.0f; the one before ends at %.0f",
-               path, e->name, (double)e->begin, (double)at);
+  for (const StEntry *e = st->entry; e < st->entry + st->n; at = e++->at[1])
+    if (e->at[0] != at)
+      tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %.0f",
+               path, e->name, e->at[0], (double)at);
   if (at != data)
     tbr_fail("%s: the tensors need %.0f bytes, %.0f are there%s", path,
              (double)at, (double)data,
@@ -1333,10 +1226,9 @@ static SafeTensors *st_open(const char *path) {
 }
 
 static void st_close(SafeTensors *st) {
-  free(st->entry);
-  json_free(st->header);
   fclose(st->file);
-  free(st);
+  json_free(st->header);
+  free(st->entry), free(st);
 }
 
 /* The tensor of that name, or NULL. */
@@ -1359,232 +1251,270 @@ static float half_float(uint32_t u) {
   return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* Reads a tensor of floats of any width. */
+/* Reads a tensor of floats of any width, some thousand bytes at a time. */
 static void st_read(SafeTensors *st, const StEntry *e, real *to) {
-  unsigned char b[8];
-  if (!strchr("FB", e->dtype[0]) || e->size < 2)
+  unsigned char block[4096];
+  size_t size = st_type[e->type].size, fit = sizeof block / size;
+  if (e->type >= INTEGERS)
     tbr_fail("%s: tensor \"%s\" is %s; F64, F32, F16 or BF16 would be right",
-             st->path, e->name, e->dtype);
-  if (fseeko(st->file, (off_t)(st->data_at + e->begin), SEEK_SET))
+             st->path, e->name, st_type[e->type].name);
+  if (fseeko(st->file, (off_t)(st->data_at + e->at[0]), SEEK_SET))
     tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
   for (size_t i = 0; i < e->count; i++) {
-    read_exact(st->file, st->path, b, e->size, e->name);
-    uint64_t u = little_endian(b, e->size);
-    to[i] = e->size == 8 ? (real)bits_double(u)
-          : e->size == 4 ? bits_float((uint32_t)u)
-          : e->dtype[0] == 'B' ? bits_float((uint32_t)u << 16)
-                               : half_float((uint32_t)u);
+    size_t some = e->count - i < fit ? e->count - i : fit;
+    if (i % fit == 0)
+      read_exact(st->file, st->path, block, some * size, e->name);
+    uint64_t u = little_endian(block + i % fit * size, size);
+    to[i] = e->type == F64 ? (real)bits_double(u)
+          : e->type == F16 ? half_float((uint32_t)u)
+          : bits_float((uint32_t)u << (e->type == BF16 ? 16 : 0));
   }
+}
+
+/* How many numbers are to be written. */
+static size_t st_count(const StOut *t) {
+  return (t->n_dim > 0 ? t->dim[0] : 1) * (t->n_dim > 1 ? t->dim[1] : 1);
 }
 
 /* Writes tensors as F32, in the order given, and pairs of metadata. */
 static void st_write(const char *path, const char *const (*metadata)[2],
-                     size_t n_metadata, const StOut *tensors, size_t n) {
-  Buf b = {0};
-  size_t *count = mem_new(n, sizeof *count);
-  uint64_t at = 0;
-  buf_str(&b, "{\"__metadata__\":{");
-  for (size_t i = 0; i < n_metadata; i++) {
-    if (i) buf_char(&b, ',');
-    json_quote(&b, metadata[i][0], strlen(metadata[i][0]));
-    buf_char(&b, ':');
-    json_quote(&b, metadata[i][1], strlen(metadata[i][1]));
-  }
-  for (size_t i = 0; i < n; i++) {
-    const StOut *t = &tensors[i];
-    buf_str(&b, i ? "," : "},");
+                     size_t n_metadata, const StOut *tensor, size_t n) {
+  Buf b = {0}, out = {0};
+  size_t at = 0;
+  buf_str(&b, "{\"__metadata__\": {");
+  for (size_t i = 0; i < n_metadata; i++)
+    json_field(&b, metadata[i][0], metadata[i][1]);
+  for (const StOut *t = tensor; t < tensor + n; t++) {
+    buf_str(&b, "}, ");
     json_quote(&b, t->name, strlen(t->name));
-    buf_str(&b, ":{\"dtype\":\"F32\",\"shape\":[");
-    count[i] = 1;
-    for (size_t d = 0; d < t->n_dim; count[i] *= t->dim[d++])
-      buf_printf(&b, "%s%zu", d ? "," : "", t->dim[d]);
-    buf_printf(&b, "],\"data_offsets\":[%.0f,%.0f]}", (double)at,
-               (double)(at + 4 * (uint64_t)count[i]));
-    at += 4 * (uint64_t)count[i];
+    buf_printf(&b, ": {\"dtype\": \"F32\", \"shape\": [");
+    for (size_t d = 0; d < t->n_dim; d++)
+      buf_printf(&b, "%s%zu", d ? ", " : "", t->dim[d]);
+    size_t from = at;
+    at += 4 * st_count(t);
+    buf_printf(&b, "], \"data_offsets\": [%zu, %zu]", from, at);
   }
-  buf_str(&b, n ? "}" : "}}");
+  buf_str(&b, "}}");
   while (b.n % 8) buf_char(&b, ' '); /* so that the data is aligned */
   Out *o = out_open(path);
-  out_little_endian(o, b.n, 8);
-  out_write(o, b.s, b.n);
-  for (size_t i = 0; i < n; i++)
-    for (size_t j = 0; j < count[i]; j++)
-      out_little_endian(o, float_bits((float)tensors[i].data[j]), 4);
+  buf_little_endian(&out, b.n, 8);
+  buf_add(&out, b.s, b.n);
+  for (const StOut *t = tensor; t < tensor + n; t++)
+    for (size_t i = 0; i < st_count(t); i++) {
+      if (out.n >= 4096) out_write(o, out.s, out.n), buf_clear(&out);
+      buf_little_endian(&out, float_bits((float)t->data[i]), 4);
+    }
+  out_write(o, out.s, out.n);
   out_close(o);
-  buf_free(&b);
-  free(count);
+  buf_free(&b), buf_free(&out);
 }
 /* ======================================================================
  * Chapter 5: tokenizers
  *
- * Byte-pair encoding (Sennrich et al., 2016): text becomes symbols, then the
- * neighbouring pair of the best rank is merged until none can be. Two kinds:
- * byte-level as in GPT-2, whose text is first cut into words and whose first
- * symbols are bytes; and SentencePiece's as in Llama 2, whose text is one
- * piece behind a blank, whose first symbols are characters, and for which
- * bytes stand in where a character is unknown. Both are a list of tokens and
- * a map of pairs, and share one encoder. Files: Hugging Face's
- * tokenizer.json for both, llama2.c's tokenizer.bin for the second.
- * Decoding gives back every byte that was encoded. Left out: other rules of
- * cutting and normalizing; Unicode classes (what isn't ASCII is a letter).
+ * Byte-pair encoding (Sennrich et al., 2016): of the symbols of a text, the
+ * neighbouring pair of the best rank is merged until none can be. Byte-level
+ * as in GPT-2, the text is first cut into words and symbols are bytes; in
+ * pieces, SentencePiece's kind as in Llama 2, it is one piece behind a blank,
+ * symbols are characters, and bytes stand in for unknown ones. Files: Hugging
+ * Face's tokenizer.json for both, llama2.c's tokenizer.bin for pieces. Every
+ * byte survives. Left out: other rules of cutting and normalizing; Unicode
+ * classes (what isn't ASCII is a letter).
  * ====================================================================== */
 
-/* What tells apart strings of the same bytes: the token of a text, the byte
- * that stands in for a part of a character, a special token. A special token
- * is thus never found in a text. */
+/* From numbers but 0 to numbers, by open addressing. Starts as {0}. */
+typedef struct {
+  struct Slot { uint64_t key, value; } *slot; /* key 0: free */
+  size_t n, slots;
+} Map;
+
+/* The slot of a key, or the free one where it would be. */
+static struct Slot *map_slot(const Map *m, uint64_t key) {
+  uint64_t i = key * 0x9e3779b97f4a7c15ULL >> 20;
+  while (m->slot[i &= m->slots - 1].key && m->slot[i].key != key) i++;
+  return &m->slot[i];
+}
+
+/* The value of a key, 0 if there is none. */
+static uint64_t map_get(const Map *m, uint64_t key) {
+  return m->n ? map_slot(m, key)->value : 0;
+}
+
+/* Where the value of a key is; a new one's is 0. */
+static uint64_t *map_put(Map *m, uint64_t key) {
+  if (m->n * 2 >= m->slots) {
+    Map old = *m;
+    m->slots = old.slots ? old.slots * 2 : 64;
+    m->slot = mem_new(m->slots, sizeof *m->slot);
+    for (size_t i = 0; i < old.slots; i++)
+      if (old.slot[i].key) *map_slot(m, old.slot[i].key) = old.slot[i];
+    free(old.slot);
+  }
+  struct Slot *s = map_slot(m, key);
+  m->n += !s->key;
+  s->key = key;
+  return &s->value;
+}
+
+/* The token of a text; the byte that stands in for a part of a character; a
+ * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* Strings with a kind, numbered in the order in which they came. */
+/* A token's name is how tokenizer.json spells its bytes. */
 typedef struct {
-  Buf bytes;          /* of each string, the kind and then its bytes */
-  size_t *at, n, cap; /* string i is bytes at[i] .. at[i+1] */
-  uint32_t *slot;     /* open addressing: number + 1, or 0 */
-  size_t slots;
-} StringTable;
+  Buf name, bytes;
+  int kind;
+} Token;
 
-/* left and right become id; the lowest rank goes first. */
+/* Two tokens that become one. */
 typedef struct {
-  int32_t left, right, id;
-  uint32_t rank;
+  int32_t left, right;
 } Merge;
 
 struct TbrTokenizer {
-  int pieces;         /* SentencePiece's kind, not byte-level */
-  StringTable tokens;
-  StringTable pairs;  /* of each merge, as pair_of */
-  Merge *merge;       /* in the order of the file; pairs.n of them */
-  size_t merge_cap;
+  int pieces;        /* SentencePiece's kind, not byte-level */
+  Token *token;
+  size_t n, cap, merge_cap;
+  Map names;         /* from the hash of a name to its token + 1 */
+  int32_t byte[256]; /* the token of a byte, + 1 */
+  Merge *merge;      /* in the order of the file; pairs.n of them */
+  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first;
+                        ranks start at 1 */
 };
 
-static const char *string_at(const StringTable *t, size_t i, size_t *n) {
-  *n = t->at[i + 1] - t->at[i] - 1;
-  return t->bytes.s + t->at[i] + 1;
-}
-
-static int string_kind(const StringTable *t, size_t i) {
-  return t->bytes.s[t->at[i]];
-}
-
-/* The slot where a string is, or would be. */
-static size_t string_slot(const StringTable *t, int kind, const void *bytes,
-                          size_t n) {
-  size_t i = (size_t)hash_bytes(HASH_START + (unsigned)kind, bytes, n), m;
-  for (i &= t->slots - 1; t->slot[i]; i = (i + 1) & (t->slots - 1)) {
-    const char *other = string_at(t, t->slot[i] - 1, &m);
-    if (m == n && other[-1] == kind && !memcmp(other, bytes, n)) break;
-  }
-  return i;
-}
-
-/* The number of a string, or SIZE_MAX. */
-static size_t string_find(const StringTable *t, int kind, const void *bytes,
-                          size_t n) {
-  uint32_t found = t->n ? t->slot[string_slot(t, kind, bytes, n)] : 0;
-  return found ? found - 1 : SIZE_MAX;
-}
-
-/* The number of a string, which is added if it isn't there. */
-static size_t string_add(StringTable *t, int kind, const void *bytes,
-                         size_t n) {
-  size_t found = string_find(t, kind, bytes, n), m;
-  if (found != SIZE_MAX) return found;
-  if (t->n >= INT32_MAX - 1) tbr_fail("more than 2147483646 strings");
-  t->at = mem_grow(t->at, &t->cap, t->n + 2, sizeof *t->at);
-  t->at[t->n] = t->bytes.n;
-  buf_char(&t->bytes, kind);
-  buf_add(&t->bytes, bytes, n);
-  t->at[t->n + 1] = t->bytes.n;
-  if (t->n * 2 >= t->slots) {
-    free(t->slot);
-    t->slots = t->slots ? t->slots * 2 : 64;
-    t->slot = mem_new(t->slots, sizeof *t->slot);
-    for (size_t i = 0; i < t->n; i++) {
-      const char *s = string_at(t, i, &m);
-      t->slot[string_slot(t, string_kind(t, i), s, m)] = (uint32_t)i + 1;
-    }
-  }
-  t->slot[string_slot(t, kind, bytes, n)] = (uint32_t)t->n + 1;
-  return t->n++;
-}
-
-static void strings_free(StringTable *t) {
-  buf_free(&t->bytes);
-  free(t->at);
-  free(t->slot);
-}
-
-/* A pair as one number, under whose bytes tables of pairs have it. */
+/* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
 static uint64_t pair_of(int32_t left, int32_t right) {
-  return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+  return (uint64_t)((uint32_t)left + 1) << 32 | ((uint32_t)right + 1);
 }
 
-/* Appends a token, which must be new; path is for the message. */
-static void token_add(TbrTokenizer *t, int kind, const char *bytes, size_t n,
-                      const char *path) {
-  size_t id = t->tokens.n;
-  if (string_add(&t->tokens, kind, bytes, n) != id)
-    tbr_fail("%s: token %zu, \"%.*s\", is there twice", path, id,
-             n > 300 ? 300 : (int)n, bytes);
+/* The key of a name in the map: its hash, or the next that is its own. */
+static uint64_t name_key(const TbrTokenizer *t, const char *name, size_t n) {
+  uint64_t key = hash_bytes(HASH_START, name, n) | 1, id;
+  for (; (id = map_get(&t->names, key)) != 0; key += 2) {
+    const Buf *other = &t->token[id - 1].name;
+    if (other->n == n && !memcmp(other->s, name, n)) break;
+  }
+  return key;
+}
+
+/* The token of that kind and name, or SIZE_MAX. */
+static size_t token_find(const TbrTokenizer *t, int kind, const char *name,
+                         size_t n) {
+  size_t id = (size_t)map_get(&t->names, name_key(t, name, n)) - 1;
+  return id != SIZE_MAX && t->token[id].kind == kind ? id : SIZE_MAX;
+}
+
+/* GPT-2's printable character for a byte: itself if it is printable in
+ * Latin-1, else the next one from U+0100 on. */
+static uint32_t byte_letter(unsigned byte) {
+  if (byte <= 32) return 256 + byte;
+  if (byte >= 127 && byte <= 160) return 256 + 33 + (byte - 127);
+  return byte == 173 ? 323 : byte;
+}
+
+/* Adds the bytes that a name stands for, none if it is no name. In pieces,
+ * U+2581 is a blank. */
+static void spell(Buf *b, const Buf *name, int pieces) {
+  unsigned byte;
+  for (size_t i = 0, step; i < name->n; i += step) {
+    uint32_t code = 0;
+    step = utf8_decode(name->s + i, name->n - i, &code);
+    for (byte = 0; byte < 256 && byte_letter(byte) != code;) byte++;
+    if (!step || (!pieces && byte == 256)) {
+      buf_clear(b);
+      return;
+    }
+    if (pieces && code != 0x2581) buf_add(b, name->s + i, step);
+    else buf_char(b, pieces ? ' ' : (int)byte);
+  }
+}
+
+/* Appends a token, whose name must be new; path is for the message. In
+ * pieces, texts of the names <0x00> and so on are bytes. */
+static size_t token_add(TbrTokenizer *t, int kind, const char *name, size_t n,
+                        const char *path) {
+  uint64_t *id = map_put(&t->names, name_key(t, name, n));
+  Token k = {.kind = kind};
+  char own[8];
+  buf_add(&k.name, name, n);
+  if (*id || t->n >= INT32_MAX - 1)
+    tbr_fail("%s: token %zu, \"%.300s\", is there twice, or one too many", path,
+             t->n, k.name.s);
+  unsigned byte = n == 6 ? strtoul(k.name.s + 3, NULL, 16) & 255u : 0;
+  snprintf(own, sizeof own, "<0x%02X>", byte);
+  if (t->pieces && kind == TEXT && !strcmp(k.name.s, own)) k.kind = BYTE;
+  if (k.kind == SPECIAL) buf_add(&k.bytes, name, n);
+  else if (k.kind == BYTE) buf_char(&k.bytes, (int)byte);
+  else spell(&k.bytes, &k.name, t->pieces);
+  if (!k.bytes.n)
+    tbr_fail("%s: token %zu should be one or more characters of %s", path, t->n,
+             t->pieces ? "UTF-8" : "GPT-2's byte alphabet");
+  t->token = mem_grow(t->token, &t->cap, t->n + 1, sizeof k);
+  t->token[t->n++] = k;
+  *id = t->n;
+  if (k.kind == BYTE || (!t->pieces && k.kind == TEXT && k.bytes.n == 1))
+    t->byte[(unsigned char)*k.bytes.s] = (int32_t)t->n;
+  return t->n - 1;
 }
 
 /* Appends a merge; of a pair that comes twice the first counts. */
 static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id,
                       size_t rank) {
-  Merge m = {(int32_t)left, (int32_t)right, (int32_t)id, (uint32_t)rank};
-  uint64_t pair = pair_of(m.left, m.right);
-  size_t i = t->pairs.n;
-  if (string_add(&t->pairs, 0, &pair, sizeof pair) != i) return;
-  t->merge = mem_grow(t->merge, &t->merge_cap, i + 1, sizeof m);
-  t->merge[i] = m;
+  Merge m = {(int32_t)left, (int32_t)right};
+  uint64_t *value = map_put(&t->pairs, pair_of(m.left, m.right));
+  if (*value) return;
+  *value = (uint64_t)rank << 32 | id;
+  t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof m);
+  t->merge[t->pairs.n - 1] = m;
 }
 
-size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->tokens.n; }
+size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->n; }
+
+/* The token of an id from outside. */
+static const Token *token_at(const TbrTokenizer *t, int32_t id) {
+  if (id < 0 || (size_t)id >= t->n)
+    tbr_fail("token %ld does not exist; the vocabulary has %zu tokens (is it "
+             "the tokenizer of this model?)", (long)id, t->n);
+  return &t->token[id];
+}
 
 const char *tbr_token(const TbrTokenizer *t, int32_t id, size_t *n) {
-  if (id < 0 || (size_t)id >= t->tokens.n)
-    tbr_fail("token %ld does not exist; the vocabulary has %zu tokens (is it "
-             "the tokenizer of this model?)", (long)id, t->tokens.n);
-  return string_at(&t->tokens, (size_t)id, n);
+  const Token *token = token_at(t, id);
+  *n = token->bytes.n;
+  return token->bytes.s;
 }
 
 int tbr_token_special(const TbrTokenizer *t, int32_t id) {
-  size_t n;
-  tbr_token(t, id, &n);
-  return string_kind(&t->tokens, (size_t)id) == SPECIAL;
+  return token_at(t, id)->kind == SPECIAL;
 }
 
 int32_t tbr_special(const TbrTokenizer *t, const char *name) {
-  size_t id = string_find(&t->tokens, SPECIAL, name, strlen(name));
+  size_t id = token_find(t, SPECIAL, name, strlen(name));
   if (id != SIZE_MAX) return (int32_t)id;
   if (!strcmp(name, "<|bos|>")) return tbr_special(t, "<s>");
-  if (!strcmp(name, "<|eos|>")) return tbr_special(t, "</s>");
-  return -1;
+  return strcmp(name, "<|eos|>") ? -1 : tbr_special(t, "</s>");
 }
 
 void tbr_tokenizer_add_special(TbrTokenizer *t, const char *name) {
-  if (tbr_special(t, name) >= 0 ||
-      string_find(&t->tokens, TEXT, name, strlen(name)) != SIZE_MAX)
+  size_t n = strlen(name);
+  if (tbr_special(t, name) >= 0 || map_get(&t->names, name_key(t, name, n)))
     tbr_fail("\"%s\" is a token already", name);
-  string_add(&t->tokens, SPECIAL, name, strlen(name));
+  token_add(t, SPECIAL, name, n, name);
 }
 
 void tbr_tokenizer_free(TbrTokenizer *t) {
   if (!t) return;
-  strings_free(&t->tokens);
-  strings_free(&t->pairs);
+  for (size_t i = 0; i < t->n; i++) {
+    buf_free(&t->token[i].name);
+    buf_free(&t->token[i].bytes);
+  }
+  free(t->token);
+  free(t->names.slot);
   free(t->merge);
+  free(t->pairs.slot);
   free(t);
 }
 
-/* ---- cutting text into words: byte-level only ---- */
-
-/* What word_length does, for Hugging Face. The classes spell out ASCII, so
- * that no version of Unicode matters: blanks, letters, digits, the rest. */
-#define WORD_REGEX                                                  \
-  " ?[^\\x00-@\\[-`{-\\x7F]+| ?[0-9]"                               \
-  "| ?[\\x00-\\x08\\x0E-\\x1F!-/:-@\\[-`{-\\x7F]+"                  \
-  "|[\\t-\\r ]+(?![^\\t-\\r ])|[\\t-\\r ]+"
-
+/* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
 static char byte_class(char byte) {
   unsigned c = (unsigned char)byte;
   if (c == ' ' || (c >= '\t' && c <= '\r')) return ' ';
@@ -1602,37 +1532,26 @@ static size_t word_length(const char *s, size_t n) {
   return class == ' ' && i < n && i > 1 ? i - 1 : i;
 }
 
-/* ---- encoding ---- */
-
-typedef struct {
-  int32_t id;
-  size_t before, after;
-} Symbol;
-
-/* The symbols of the word being merged, in a ring; symbol 0 is both ends of
- * it, and has no token. And a heap of merges that could be done: the rank in
- * the upper half, the left symbol in the lower, the lowest on top. */
+/* The symbols of a word, in a ring; symbol 0 is both ends of it, and has no
+ * token. And a heap of chances to merge: the rank in the upper half, the left
+ * symbol in the lower, the lowest on top. */
 typedef struct {
   const TbrTokenizer *t;
-  Symbol *symbol;
+  struct Symbol { int32_t id; uint32_t before, after; } *symbol;
   uint64_t *heap;
-  size_t symbols, symbol_cap, chances, heap_cap;
+  size_t symbols, chances;
 } Merger;
 
-/* The merge of a symbol with the next, or NULL. */
-static const Merge *merge_at(const Merger *m, size_t at) {
-  const Symbol *s = &m->symbol[at];
-  uint64_t pair = pair_of(s->id, m->symbol[s->after].id);
-  size_t i = string_find(&m->t->pairs, 0, &pair, sizeof pair);
-  return i == SIZE_MAX ? NULL : &m->t->merge[i];
+/* The merge of a symbol with the next as in pairs, 0 if there is none. */
+static uint64_t merge_at(const Merger *m, size_t at) {
+  const struct Symbol *s = &m->symbol[at];
+  return map_get(&m->t->pairs, pair_of(s->id, m->symbol[s->after].id));
 }
 
 /* Puts the merge of a symbol with the next on the heap, if there is one. */
 static void chance_add(Merger *m, size_t at) {
-  const Merge *merge = merge_at(m, at);
+  uint64_t merge = merge_at(m, at), chance = merge >> 32 << 32 | at;
   if (!merge) return;
-  uint64_t chance = (uint64_t)merge->rank << 32 | at;
-  m->heap = mem_grow(m->heap, &m->heap_cap, m->chances + 1, sizeof *m->heap);
   size_t i = m->chances++;
   for (; i && chance < m->heap[(i - 1) / 2]; i = (i - 1) / 2)
     m->heap[i] = m->heap[(i - 1) / 2];
@@ -1642,50 +1561,48 @@ static void chance_add(Merger *m, size_t at) {
 /* Takes the best chance from the heap. */
 static uint64_t chance_take(Merger *m) {
   uint64_t best = m->heap[0], last = m->heap[--m->chances];
-  size_t i = 0, child;
-  while ((child = 2 * i + 1) < m->chances) {
+  size_t i = 0;
+  for (size_t child; (child = 2 * i + 1) < m->chances; i = child) {
     if (child + 1 < m->chances && m->heap[child + 1] < m->heap[child]) child++;
     if (m->heap[child] >= last) break;
     m->heap[i] = m->heap[child];
-    i = child;
   }
   m->heap[i] = last;
   return best;
 }
 
-/* Appends a symbol; SIZE_MAX stands for none. */
-static void symbol_add(Merger *m, size_t id) {
-  size_t i = m->symbols++;
-  if (i >= UINT32_MAX) tbr_fail("a text of more than 4 GiB to be encoded");
-  m->symbol = mem_grow(m->symbol, &m->symbol_cap, i + 1, sizeof *m->symbol);
-  m->symbol[i] = (Symbol){id == SIZE_MAX ? -1 : (int32_t)id, i - 1, 0};
+/* Appends a symbol; the ring is closed behind it. */
+static void symbol_add(Merger *m, int32_t id) {
+  uint32_t i = (uint32_t)m->symbols++;
+  m->symbol[i] = (struct Symbol){id, i - 1, 0};
   if (i) m->symbol[i - 1].after = i;
 }
 
-/* Adds a text's characters, or their bytes where they are no tokens. */
+/* Adds the characters of pieces, and bytes where there are none. */
 static void symbols_add(Merger *m, const char *s, size_t n) {
-  const StringTable *tokens = &m->t->tokens;
-  uint32_t code;
   for (const char *end = s + n; s < end; s += n) {
+    uint32_t code = 0x2581; /* in a text, this is not the blank it stands for */
+    size_t id = SIZE_MAX;
     n = m->t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
-    size_t id = string_find(tokens, TEXT, s, n += !n);
-    if (id != SIZE_MAX) symbol_add(m, id);
+    if (code == ' ') id = token_find(m->t, TEXT, "\xe2\x96\x81", 3);
+    else if (code != 0x2581) id = token_find(m->t, TEXT, s, n);
+    if (id != SIZE_MAX) symbol_add(m, (int32_t)id);
+    n += !n;
     for (size_t i = 0; id == SIZE_MAX && i < n; i++)
-      symbol_add(m, string_find(tokens, BYTE, s + i, 1));
+      symbol_add(m, m->t->byte[(unsigned char)s[i]] - 1);
   }
 }
 
 /* Merges the symbols as far as they go. */
 static void merge_all(Merger *m) {
-  m->chances = 0;
   for (size_t i = 1; i < m->symbols; i++) chance_add(m, i);
   while (m->chances) {
     uint64_t chance = chance_take(m);
-    size_t at = (size_t)(chance & UINT32_MAX);
-    const Merge *merge = merge_at(m, at);
-    if (!merge || merge->rank != chance >> 32) continue; /* out of date */
-    Symbol *left = &m->symbol[at], *right = &m->symbol[left->after];
-    left->id = merge->id;
+    uint32_t at = (uint32_t)(chance & UINT32_MAX);
+    uint64_t merge = merge_at(m, at);
+    if (merge >> 32 != chance >> 32) continue; /* out of date */
+    struct Symbol *left = &m->symbol[at], *right = &m->symbol[left->after];
+    left->id = (int32_t)(merge & INT32_MAX);
     right->id = -1;
     left->after = right->after;
     m->symbol[left->after].before = at;
@@ -1696,17 +1613,18 @@ static void merge_all(Merger *m) {
 
 size_t tbr_encode(const TbrTokenizer *t, const char *text, size_t n,
                   int32_t **ids) {
-  Merger m = {.t = t};
-  size_t count = 0, cap = 0;
-  *ids = mem_grow(NULL, &cap, 1, sizeof **ids);
+  if (n >= UINT32_MAX - 8) tbr_fail("a text of more than 4 GiB to be encoded");
+  Merger m = {t, mem_raw(n + 2, sizeof *m.symbol), NULL, 0, 0};
+  m.heap = mem_raw(n + 2, 3 * sizeof *m.heap); /* each merge adds two chances */
+  *ids = mem_raw(n + 1, sizeof **ids);
+  size_t count = 0;
   for (size_t at = 0, length; at < n; at += length) {
     length = t->pieces ? n : word_length(text + at, n - at);
     m.symbols = 0;
-    symbol_add(&m, SIZE_MAX);
+    symbol_add(&m, -1);
     if (t->pieces) symbols_add(&m, " ", 1);
     symbols_add(&m, text + at, length);
     merge_all(&m);
-    *ids = mem_grow(*ids, &cap, count + m.symbols, sizeof **ids);
     for (size_t i = m.symbol[0].after; i; i = m.symbol[i].after)
       (*ids)[count++] = m.symbol[i].id;
   }
@@ -1720,177 +1638,155 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   Buf b = {0};
   buf_add(&b, "", 0);
   int fresh = t->pieces; /* where encoding put a blank of its own */
-  for (size_t i = 0, length; i < count; i++) {
-    const char *s = tbr_token(t, ids[i], &length);
-    if (tbr_token_special(t, ids[i])) {
-      fresh = t->pieces;
-    } else if (length) {
-      size_t skip = fresh && *s == ' ';
-      buf_add(&b, s + skip, length - skip);
-      fresh = 0;
-    }
+  for (size_t i = 0; i < count; i++) {
+    const Token *token = token_at(t, ids[i]);
+    size_t skip = fresh && *token->bytes.s == ' ';
+    fresh = t->pieces && token->kind == SPECIAL;
+    if (token->kind != SPECIAL)
+      buf_add(&b, token->bytes.s + skip, token->bytes.n - skip);
   }
   if (n) *n = b.n;
   return b.s;
 }
 
-/* ---- training ---- */
-
-/* The different words of a text, how often each comes, their symbols (those
- * of word w start at words.at[w] and end at a -1), and the pairs of
- * neighbours in them, with how often each comes. */
+/* A text to learn from: the symbols of its different words, a -1 before each
+ * and at the end; how often each word comes; and how often each pair. */
 typedef struct {
-  StringTable words, pairs;
-  uint64_t *times, *pair_times;
-  size_t times_cap, pair_cap;
   int32_t *symbol;
+  size_t n;
+  uint64_t *times;
+  Map pairs;
 } Corpus;
 
-/* Adds a string, and times to how often it comes. */
-static void count_string(StringTable *t, uint64_t **count, size_t *cap,
-                         const void *bytes, size_t n, uint64_t times) {
-  size_t before = t->n, i = string_add(t, 0, bytes, n);
-  *count = mem_grow(*count, cap, t->n, sizeof **count);
-  if (i == before) (*count)[i] = 0;
-  (*count)[i] += times;
+/* Counts a pair so many times; modulo 2^64, so -x takes x off. */
+static void count_pair(Corpus *c, int32_t left, int32_t right,
+                       uint64_t times) {
+  if (left < 0 || right < 0) return;
+  *map_put(&c->pairs, pair_of(left, right)) += times;
 }
 
-/* Counts the pairs of a word so many times; modulo 2^64, so -x takes x off. */
-static void count_pairs(Corpus *c, const int32_t *word, uint64_t times) {
-  for (; word[0] >= 0 && word[1] >= 0; word++) {
-    uint64_t pair = pair_of(word[0], word[1]);
-    count_string(&c->pairs, &c->pair_times, &c->pair_cap, &pair, sizeof pair,
-                 times);
-  }
-}
-
-static void corpus_read(Corpus *c, const TbrTokenizer *t, const char *text,
-                        size_t n) {
+/* The corpus of a text, when each byte b is token 6 + b. Its words are held
+ * as the special tokens of a tokenizer of their own. */
+static Corpus corpus_read(const char *text, size_t n) {
+  TbrTokenizer *words = mem_new(1, sizeof *words);
+  size_t cap = 0, symbols = 1;
+  Corpus c = {0};
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(text + at, n - at);
-    count_string(&c->words, &c->times, &c->times_cap, text + at, length, 1);
+    size_t w = token_find(words, SPECIAL, text + at, length);
+    if (w == SIZE_MAX) {
+      w = token_add(words, SPECIAL, text + at, length, "a text's words");
+      c.times = mem_grow(c.times, &cap, w + 1, sizeof *c.times);
+      c.times[w] = 0;
+      symbols += length + 1;
+    }
+    c.times[w]++;
   }
-  c->symbol = mem_raw(c->words.bytes.n, sizeof *c->symbol);
-  for (size_t w = 0; w < c->words.n; w++) {
-    const char *s = string_at(&c->words, w, &n);
-    int32_t *to = c->symbol + c->words.at[w];
-    for (size_t i = 0; i < n; i++)
-      to[i] = (int32_t)string_find(&t->tokens, TEXT, s + i, 1);
-    to[n] = -1;
-    count_pairs(c, to, c->times[w]);
-  }
+  c.symbol = mem_raw(symbols, sizeof *c.symbol);
+  c.symbol[c.n++] = -1;
+  for (size_t w = 0; w < words->n; w++, c.symbol[c.n++] = -1)
+    for (size_t i = 0; i < words->token[w].bytes.n; i++, c.n++) {
+      c.symbol[c.n] = 6 + (unsigned char)words->token[w].bytes.s[i];
+      count_pair(&c, c.symbol[c.n - 1], c.symbol[c.n], c.times[w]);
+    }
+  tbr_tokenizer_free(words);
+  return c;
 }
 
 /* Replaces a pair by id in all words, and keeps the counts. */
 static void corpus_merge(Corpus *c, int32_t left, int32_t right, int32_t id) {
-  for (size_t w = 0; w < c->words.n; w++) {
-    int32_t *from = c->symbol + c->words.at[w], *to = from, *word = from;
-    while (*from >= 0 && (from[0] != left || from[1] != right)) from++;
-    if (*from < 0) continue;
-    count_pairs(c, word, -c->times[w]);
-    for (from = word; *from >= 0; to++) {
-      int both = from[0] == left && from[1] == right;
-      *to = both ? id : *from;
-      from += both ? 2 : 1;
+  int32_t *to = c->symbol + 1, *end = c->symbol + c->n;
+  const uint64_t *times = c->times;
+  for (const int32_t *from = to; from < end; from++) {
+    if (*from == left && from[1] == right) {
+      count_pair(c, to[-1], left, -*times);
+      count_pair(c, left, right, -*times);
+      count_pair(c, right, from[2], -*times);
+      count_pair(c, to[-1], id, *times);
+      count_pair(c, id, from[2], *times);
+      *to++ = id;
+      from++;
+    } else {
+      times += *from < 0;
+      *to++ = *from;
     }
-    *to = -1;
-    count_pairs(c, word, c->times[w]);
   }
+  c->n = (size_t)(to - c->symbol);
 }
 
 /* The most frequent pair, of equal ones the lowest; 0 if none comes twice. */
 static uint64_t corpus_best(const Corpus *c) {
-  uint64_t best = 0, times = 1, pair;
-  for (size_t i = 0, n; i < c->pairs.n; i++) {
-    memcpy(&pair, string_at(&c->pairs, i, &n), sizeof pair);
-    if (c->pair_times[i] > times ||
-        (c->pair_times[i] == times && times > 1 && pair < best))
-      best = pair, times = c->pair_times[i];
-  }
-  return best;
+  struct Slot best = {0, 1}, *s = c->pairs.slot;
+  for (size_t i = 0; i < c->pairs.slots; i++, s++)
+    if (s->value > best.value || (s->value == best.value && s->key < best.key))
+      best = *s;
+  return best.key;
 }
 
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
-  static const char *const special[] = {"<|bos|>", "<|eos|>", "<|user|>",
-                                        "<|assistant|>", "<think>",
-                                        "</think>"};
+  static const char *const special[] = {
+      "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  Corpus c = {0};
+  Buf name = {0};
   if (vocab < 262 || vocab > INT32_MAX - 1)
     tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
              "ones and every byte", vocab);
   for (size_t i = 0; i < 6; i++) tbr_tokenizer_add_special(t, special[i]);
-  for (int i = 0; i < 256; i++) {
-    unsigned char byte = (unsigned char)i;
-    string_add(&t->tokens, TEXT, &byte, 1);
+  for (unsigned i = 0; i < 256; i++, buf_clear(&name)) {
+    buf_utf8(&name, byte_letter(i));
+    token_add(t, TEXT, name.s, name.n, "a new tokenizer");
   }
-  corpus_read(&c, t, text, n);
-  for (uint64_t pair; t->tokens.n < vocab && (pair = corpus_best(&c)) != 0;) {
-    int32_t left = (int32_t)(pair >> 32), right = (int32_t)(pair & INT32_MAX);
-    Buf both = {0};
-    for (int32_t i = 0; i < 2; i++) {
-      const char *s = tbr_token(t, i ? right : left, &n);
-      buf_add(&both, s, n);
-    }
-    size_t id = string_add(&t->tokens, TEXT, both.s, both.n);
-    merge_add(t, (size_t)left, (size_t)right, id, t->pairs.n);
-    corpus_merge(&c, left, right, (int32_t)id);
-    buf_free(&both);
+  Corpus c = corpus_read(text, n);
+  for (uint64_t pair; t->n < vocab && (pair = corpus_best(&c)) != 0;) {
+    size_t left = (size_t)(pair >> 32) - 1, right = (pair & UINT32_MAX) - 1;
+    buf_clear(&name);
+    buf_printf(&name, "%s%s", t->token[left].name.s, t->token[right].name.s);
+    size_t id = token_find(t, TEXT, name.s, name.n);
+    if (id == SIZE_MAX) id = token_add(t, TEXT, name.s, name.n, "");
+    merge_add(t, left, right, id, t->pairs.n + 1);
+    corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
-  strings_free(&c.words);
-  strings_free(&c.pairs);
-  free(c.times);
-  free(c.pair_times);
+  buf_free(&name);
   free(c.symbol);
+  free(c.times);
+  free(c.pairs.slot);
   return t;
 }
 
-/* ---- files ---- */
-
-/* The parts of tokenizer.json that say how text is treated, with ' for ".
- * They are written as they stand, and a file that is read must hold the same.
- * The first is for byte-level, the second for pieces; %s is WORD_REGEX. */
-#define MODEL                                                               \
-  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,"  \
-  "'end_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
+/* How tokenizer.json treats text, byte-level or in pieces, with ' for ". It is
+ * written so, and what is read must hold the same. The regular expression is
+ * word_length's rule; its classes spell out ASCII, so that no version of
+ * Unicode matters. */
+#define MODEL                                                                \
+  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'"  \
+  "end_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
 static const char *const json_form[2] = {
-    "'normalizer':null,'pre_tokenizer':{'type':'Sequence','pretokenizers':["
-    "{'type':'Split','pattern':{'Regex':%s},'behavior':'Isolated',"
-    "'invert':false},{'type':'ByteLevel','add_prefix_space':false,"
-    "'trim_offsets':false,'use_regex':false}]},'decoder':{'type':'ByteLevel',"
-    "'add_prefix_space':false,'trim_offsets':false,'use_regex':false}," MODEL
-    "false",
-    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend',"
-    "'prepend':'\\u2581'},{'type':'Replace','pattern':{'String':' '},"
-    "'content':'\\u2581'}]},'pre_tokenizer':null,'decoder':{'type':'Sequence',"
-    "'decoders':[{'type':'Replace','pattern':{'String':'\\u2581'},"
-    "'content':' '},{'type':'ByteFallback'},{'type':'Fuse'},"
-    "{'type':'Strip','content':' ','start':1,'stop':0}]}," MODEL "true"};
+    "'normalizer':null,'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'"
+    "type':'Split','behavior':'Isolated','invert':false,'pattern':{'Regex':'"
+    " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"
+    "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"
+    "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+'}},"
+    "{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'use_"
+    "regex':false}]},'decoder':{'type':'ByteLevel','add_prefix_space':false,'"
+    "trim_offsets':false,'use_regex':false}," MODEL "false",
+    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
+    ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
+    "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
+    "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFall"
+    "back'},{'type':'Fuse'},{'type':'Strip','content':' ','start':1,'stop':0}]"
+    "}," MODEL "true"};
 
-/* How transformers makes a dialogue into text; needs no ' for ". */
+/* How transformers makes a dialogue into text; JSON as it stands. */
 static const char chat_template[] =
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ '<|user|>' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '<|assistant|>' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == "
+    "'user' %}{{ '<|user|>' + message['content'] }}{% elif message['role'] == "
+    "'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}{% e"
+    "lse %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% "
+    "endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
 
 /* Adds JSON that is written with ' for ". */
 static void add_json(Buf *b, const char *s) {
   for (; *s; s++) buf_char(b, *s == '\'' ? '"' : *s);
-}
-
-/* Adds the form of one kind of tokenizer, left open inside the model. */
-static void add_form(Buf *b, int pieces) {
-  Buf form = {0}, regex = {0};
-  add_json(&form, json_form[pieces]);
-  json_quote(&regex, WORD_REGEX, sizeof WORD_REGEX - 1);
-  buf_printf(b, form.s, regex.s);
-  buf_free(&form);
-  buf_free(&regex);
 }
 
 /* Whether a value holds all that is wanted; members beyond that don't
@@ -1906,122 +1802,59 @@ static int json_holds(const Json *have, const Json *want) {
   return want->kind != JSON_ARRAY || !h;
 }
 
-/* GPT-2's printable character for a byte: itself if it is printable in
- * Latin-1, else the next one from U+0100 on. */
-static uint32_t byte_letter(unsigned byte) {
-  if (byte <= 32) return 256 + byte;
-  if (byte >= 127 && byte <= 160) return 256 + 33 + (byte - 127);
-  return byte == 173 ? 323 : byte;
-}
-
-/* Adds a token's name in tokenizer.json, not quoted. */
-static void add_name(Buf *b, const TbrTokenizer *t, int32_t id) {
-  size_t n;
-  const char *s = tbr_token(t, id, &n);
-  int kind = string_kind(&t->tokens, (size_t)id);
-  if (kind == BYTE) buf_printf(b, "<0x%02X>", (unsigned)(unsigned char)*s);
-  for (size_t i = 0; kind != BYTE && i < n; i++)
-    if (kind == SPECIAL || (t->pieces && s[i] != ' '))
-      buf_char(b, s[i]);
-    else
-      buf_utf8(b, t->pieces ? 0x2581 : byte_letter((unsigned char)s[i]));
-}
-
-/* Appends the token of that name. Those of one byte in pieces are <0x00>.. */
-static void name_add(TbrTokenizer *t, const char *name, size_t n,
-                     const char *path) {
-  char own[8];
-  Buf b = {0};
-  uint32_t code;
-  unsigned byte = n == 6 ? strtoul(name + 3, NULL, 16) & 255u : 0;
-  snprintf(own, sizeof own, "<0x%02X>", byte);
-  int kind = t->pieces && n == 6 && !memcmp(name, own, 6) ? BYTE : TEXT;
-  if (kind == BYTE) buf_char(&b, (int)byte);
-  for (size_t i = 0, step = n; kind == TEXT && i < n; i += step) {
-    step = utf8_decode(name + i, n - i, &code);
-    for (byte = 0; byte < 256 && byte_letter(byte) != code;) byte++;
-    if (!step || (!t->pieces && byte == 256)) {
-      buf_clear(&b);
-      break;
-    }
-    if (t->pieces && code != 0x2581) buf_add(&b, name + i, step);
-    else buf_char(&b, t->pieces ? ' ' : (int)byte);
-  }
-  if (!b.n)
-    tbr_fail("%s: token %zu should be one or more characters of %s", path,
-             t->tokens.n, t->pieces ? "UTF-8" : "GPT-2's byte alphabet");
-  token_add(t, kind, b.s, b.n, path);
-  buf_free(&b);
-}
-
-/* Every byte must have a token, so that any text can be encoded. */
-static void check_bytes(const TbrTokenizer *t, const char *path) {
-  for (unsigned i = 0; i < 256; i++) {
-    unsigned char byte = (unsigned char)i;
-    if (string_find(&t->tokens, t->pieces ? BYTE : TEXT, &byte, 1) == SIZE_MAX)
-      tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
-               "supported", path, i);
-  }
-}
-
-/* Adds the tokens of tokenizer.json, and their names to a table of their own.
- * Both lists must be in the order of the ids, as Hugging Face writes them; a
- * special token may be in the vocabulary too. */
-static void json_tokens(TbrTokenizer *t, StringTable *names, const Json *root) {
-  const Json *text = json_get(json_get(root, "model"), "vocab");
-  const Json *special = json_get(root, "added_tokens");
-  text = text && text->kind == JSON_OBJECT ? text->child : NULL;
-  special = special ? special->child : NULL;
-  for (size_t id = 0; text || special; id++) {
-    const Json *v = text, *s = special, *sure = json_get(s, "special");
-    const char *name = json_string(s, "content", "");
-    if (v && (v->kind != JSON_NUMBER || v->number != (double)id)) v = NULL;
-    if (s && json_number(s, "id", -1) != (double)id) s = NULL;
-    if ((!v && !s) || (v && s && strcmp(v->key, name)))
-      tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order; "
-               "near here %zu is missing or is there twice", root->path,
-               text ? text->line : special->line, id);
-    if (s && (!sure || sure->kind != JSON_TRUE || !*name))
-      tbr_fail("%s:%zu: added tokens should have \"special\": true and a "
-               "\"content\"", s->path, s->line);
-    if (!s) name = v->key;
-    string_add(names, s ? SPECIAL : TEXT, name, strlen(name));
-    if (s) token_add(t, SPECIAL, name, strlen(name), root->path);
-    else name_add(t, name, strlen(name), root->path);
-    if (v) text = v->next;
-    if (s) special = s->next;
+/* Adds the tokens of tokenizer.json. Both lists must be in the order of the
+ * ids, as Hugging Face writes them; a special token may be in both. */
+static void json_tokens(TbrTokenizer *t, const Json *root) {
+  const Json *v = json_get(json_get(root, "model"), "vocab");
+  const Json *s = json_get(root, "added_tokens");
+  v = v && v->kind == JSON_OBJECT ? v->child : NULL;
+  s = s ? s->child : NULL;
+  for (size_t id = 0; v || s; id++) {
+    const Json *sure = json_get(s, "special");
+    int text = v && v->kind == JSON_NUMBER && v->number == (double)id;
+    int special = s && json_number(s, "id", -1) == (double)id;
+    const char *name = text ? v->key : NULL;
+    if (special) name = json_string(s, "content", "");
+    if (!name || !*name || (text && strcmp(v->key, name)) ||
+        (special && (!sure || sure->kind != JSON_TRUE)))
+      tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order, "
+               "and added tokens should have \"special\": true and a \"content"
+               "\"; near here %zu doesn't, is missing or is there twice",
+               root->path, special || !v ? s->line : v->line, id);
+    token_add(t, special ? SPECIAL : TEXT, name, strlen(name), root->path);
+    if (text) v = v->next;
+    if (special) s = s->next;
   }
 }
 
 /* Adds the merges. Those of one piece share a rank, so that the leftmost
  * goes first, as in SentencePiece. */
-static void json_merges(TbrTokenizer *t, const StringTable *names,
-                        const Json *merges) {
-  size_t *first = mem_new(t->tokens.n, sizeof *first), rank = 0;
+static void json_merges(TbrTokenizer *t, const Json *merges) {
+  size_t *first = mem_new(t->n, sizeof *first), rank = 0;
+  Buf b = {0};
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
-    Buf b = {0};
-    if (m->kind == JSON_STRING)
-      buf_add(&b, m->string, m->length);
+    const char *left = "", *right = "";
+    if (m->kind == JSON_STRING) left = right = m->string;
     else if (r && l->kind == JSON_STRING && r->kind == JSON_STRING)
-      buf_printf(&b, "%s %s", l->string, r->string);
-    const char *blank = b.n ? strchr(b.s, ' ') : NULL;
-    if (!blank || strchr(blank + 1, ' '))
-      tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", "
-               "\"b\"]", m->path, m->line);
-    size_t cut = (size_t)(blank - b.s), rest = b.n - cut - 1;
-    size_t left = string_find(names, TEXT, b.s, cut);
-    size_t right = string_find(names, TEXT, blank + 1, rest);
-    memmove(b.s + cut, blank + 1, rest + 1);
-    size_t id = string_find(names, TEXT, b.s, cut + rest);
-    if (left == SIZE_MAX || right == SIZE_MAX || id == SIZE_MAX)
-      tbr_fail("%s:%zu: a merge has a part or makes a whole, \"%.300s\", "
-               "which is no token", m->path, m->line, b.s);
+      left = l->string, right = r->string;
+    size_t n = strcspn(left, " "), part[2];
+    if (left == right) right += n + (right[n] != 0);
+    buf_clear(&b);
+    buf_add(&b, left, n);
+    buf_str(&b, right);
+    part[0] = token_find(t, TEXT, left, n);
+    part[1] = token_find(t, TEXT, right, strlen(right));
+    size_t id = token_find(t, TEXT, b.s, b.n);
+    if (part[0] == SIZE_MAX || part[1] == SIZE_MAX || id == SIZE_MAX)
+      tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
+               "\"]; this has a part or makes a whole, \"%.300s\", which is no "
+               "token", m->path, m->line, b.s);
     rank++;
     if (!first[id] || !t->pieces) first[id] = rank;
-    merge_add(t, left, right, id, first[id]);
-    buf_free(&b);
+    merge_add(t, part[0], part[1], id, first[id]);
   }
+  buf_free(&b);
   free(first);
 }
 
@@ -2030,11 +1863,10 @@ static TbrTokenizer *load_json(const char *path) {
   const Json *model = json_get(root, "model");
   const Json *fallback = json_get(model, "byte_fallback");
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  StringTable names = {0};
   Buf form = {0};
   t->pieces = fallback && fallback->kind == JSON_TRUE;
   buf_char(&form, '{');
-  add_form(&form, t->pieces);
+  add_json(&form, json_form[t->pieces]);
   buf_str(&form, "}}");
   Json *want = json_parse(form.s, form.n, "form", 1);
   for (const Json *w = want->child, *have; w; w = w->next)
@@ -2042,10 +1874,8 @@ static TbrTokenizer *load_json(const char *path) {
       tbr_fail("%s:%zu: this \"%s\" is not supported; byte-level BPE as `tbr "
                "tokenizer` writes it is, and Llama 2's BPE with byte_fallback",
                path, have ? have->line : root->line, w->key);
-  json_tokens(t, &names, root);
-  check_bytes(t, path);
-  json_merges(t, &names, json_get(model, "merges"));
-  strings_free(&names);
+  json_tokens(t, root);
+  json_merges(t, json_get(model, "merges"));
   buf_free(&form);
   json_free(want);
   json_free(root);
@@ -2061,15 +1891,13 @@ static int by_number(const void *a, const void *b) {
 /* Whatever two tokens make a third can be merged. order has the rank of each
  * token in its upper half, the token in the lower. */
 static void derive_merges(TbrTokenizer *t, uint64_t *order) {
-  size_t n;
-  qsort(order, t->tokens.n, sizeof *order, by_number);
-  for (size_t i = 0; i < t->tokens.n; i++) {
-    size_t id = (size_t)(order[i] & UINT32_MAX);
-    const char *s = string_at(&t->tokens, id, &n);
-    if (string_kind(&t->tokens, id) != TEXT) continue;
-    for (size_t cut = 1; cut < n; cut++) {
-      size_t left = string_find(&t->tokens, TEXT, s, cut);
-      size_t right = string_find(&t->tokens, TEXT, s + cut, n - cut);
+  if (t->n) qsort(order, t->n, sizeof *order, by_number);
+  for (size_t i = 0; i < t->n; i++) {
+    size_t id = (size_t)(order[i] & UINT32_MAX), n = t->token[id].name.n;
+    const char *s = t->token[id].name.s;
+    for (size_t cut = 1; t->token[id].kind == TEXT && cut < n; cut++) {
+      size_t left = token_find(t, TEXT, s, cut);
+      size_t right = token_find(t, TEXT, s + cut, n - cut);
       if (left != SIZE_MAX && right != SIZE_MAX)
         merge_add(t, left, right, id, (size_t)(order[i] >> 32));
     }
@@ -2084,9 +1912,10 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
   const unsigned char *b = (const unsigned char *)file;
   TbrTokenizer *t = mem_new(1, sizeof *t);
   uint64_t *order = NULL;
+  Buf name = {0};
   t->pieces = 1;
-  while (vocab ? t->tokens.n < vocab : at < size) {
-    size_t id = t->tokens.n, n = 0;
+  while (vocab ? t->n < vocab : at < size) {
+    size_t id = t->n, n = 0;
     if (at + 8 <= size) n = (size_t)little_endian(b + at + 4, 4);
     if (at + 8 > size || size - at - 8 < n)
       tbr_fail("%s: ends too early, in token %zu at byte %zu (is the file "
@@ -2098,15 +1927,18 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
                n);
     order = mem_grow(order, &cap, id + 1, sizeof *order);
     order[id] = (uint64_t)(u >> 31 ? u : 0x7fffffffu - u) << 32 | id;
+    buf_clear(&name);
+    for (at += 8; n--; at++)
+      if (file[at] == ' ') buf_utf8(&name, 0x2581);
+      else buf_char(&name, file[at]);
     if (id < 3) tbr_tokenizer_add_special(t, special[id]);
-    else name_add(t, file + at + 8, n, path);
-    at += 8 + n;
+    else token_add(t, TEXT, name.n ? name.s : "", name.n, path);
   }
   if (at < size)
     tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
              "another model?)", path, vocab);
-  check_bytes(t, path);
   derive_merges(t, order);
+  buf_free(&name);
   free(order);
   free(file);
   return t;
@@ -2118,73 +1950,71 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   size_t n = strlen(file);
   int json = n >= 5 && !strcmp(file + n - 5, ".json");
   TbrTokenizer *t = json ? load_json(file) : load_bin(file, vocab);
-  if (vocab && t->tokens.n > vocab)
+  if (vocab && t->n > vocab)
     tbr_fail("%s: has %zu tokens, the model only %zu (is it of another model?)",
-             file, t->tokens.n, vocab);
+             file, t->n, vocab);
+  for (unsigned i = 0; i < 256; i++)
+    if (!t->byte[i])
+      tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
+               "supported", file, i);
   free(inside);
   return t;
 }
 
-/* Adds the names of one token or, for a merge, of two as a JSON string. */
-static void add_names(Buf *b, const TbrTokenizer *t, int32_t id,
-                      int32_t second) {
-  Buf name = {0};
-  add_name(&name, t, id);
-  if (second >= 0) buf_char(&name, ' '), add_name(&name, t, second);
-  json_quote(b, name.s, name.n);
-  buf_free(&name);
+/* Adds JSON, and a name as a JSON string. */
+static void add_name(Buf *b, const char *before, const Buf *name) {
+  add_json(b, before);
+  json_quote(b, name->s, name->n);
 }
 
-/* tokenizer_config.json: what transformers wants to know beside. */
-static void save_config(const TbrTokenizer *t, const char *directory) {
-  char *path = format_string("%s/tokenizer_config.json", directory);
-  int32_t bos = tbr_special(t, "<|bos|>"), eos = tbr_special(t, "<|eos|>");
-  Buf b = {0};
-  add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
-               "  'clean_up_tokenization_spaces': false");
-  if (bos >= 0) add_json(&b, ",\n  'bos_token': "), add_names(&b, t, bos, -1);
-  if (eos >= 0) add_json(&b, ",\n  'eos_token': "), add_names(&b, t, eos, -1);
-  if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0) {
-    add_json(&b, ",\n  'chat_template': ");
-    json_quote(&b, chat_template, sizeof chat_template - 1);
-  }
-  buf_str(&b, "\n}\n");
-  write_file(path, b.s, b.n);
-  buf_free(&b);
+/* Writes a file of a directory, and empties what was written. */
+static void save_part(const char *directory, const char *name, Buf *b) {
+  char *path = format_string("%s/%s", directory, name);
+  write_file(path, b->s, b->n);
   free(path);
+  buf_clear(b);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
-  Buf b = {0};
-  char *path = format_string("%s/tokenizer.json", directory);
+  int32_t bos = tbr_special(t, "<|bos|>"), eos = tbr_special(t, "<|eos|>");
+  Buf b = {0}, both = {0};
   make_directory(directory);
   add_json(&b, "{'version':'1.0','truncation':null,'padding':null,"
                "'added_tokens':[");
-  for (size_t i = 0, any = 0; i < t->tokens.n; i++) {
-    if (string_kind(&t->tokens, i) != SPECIAL) continue;
-    buf_printf(&b, "%s\n{\"id\":%zu,\"content\":", any++ ? "," : "", i);
-    add_names(&b, t, (int32_t)i, -1);
+  for (size_t i = 0, any = 0; i < t->n; i++) {
+    if (t->token[i].kind != SPECIAL) continue;
+    buf_printf(&b, "%s\n{\"id\":%zu", any++ ? "," : "", i);
+    add_name(&b, ",'content':", &t->token[i].name);
     add_json(&b, ",'single_word':false,'lstrip':false,'rstrip':false,"
                  "'normalized':false,'special':true}");
   }
   add_json(&b, "],\n'post_processor':null,");
-  add_form(&b, t->pieces);
+  add_json(&b, json_form[t->pieces]);
   add_json(&b, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
-  for (size_t i = 0; i < t->tokens.n; i++) {
-    buf_str(&b, i ? ",\n" : "\n");
-    add_names(&b, t, (int32_t)i, -1);
+  for (size_t i = 0; i < t->n; i++) {
+    add_name(&b, i ? ",\n" : "\n", &t->token[i].name);
     buf_printf(&b, ":%zu", i);
   }
   add_json(&b, "},\n'merges':[");
   for (size_t i = 0; i < t->pairs.n; i++) {
-    buf_str(&b, i ? ",\n" : "\n");
-    add_names(&b, t, t->merge[i].left, t->merge[i].right);
+    const Merge *m = &t->merge[i];
+    buf_clear(&both);
+    buf_printf(&both, "%s %s", t->token[m->left].name.s,
+               t->token[m->right].name.s);
+    add_name(&b, i ? ",\n" : "\n", &both);
   }
   buf_str(&b, "]}}\n");
-  write_file(path, b.s, b.n);
-  save_config(t, directory);
+  save_part(directory, "tokenizer.json", &b);
+  add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
+               "  'clean_up_tokenization_spaces': false");
+  if (bos >= 0) add_name(&b, ",\n  'bos_token': ", &t->token[bos].name);
+  if (eos >= 0) add_name(&b, ",\n  'eos_token': ", &t->token[eos].name);
+  if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0)
+    buf_printf(&b, ",\n  \"chat_template\": \"%s\"", chat_template);
+  buf_str(&b, "\n}\n");
+  save_part(directory, "tokenizer_config.json", &b);
+  buf_free(&both);
   buf_free(&b);
-  free(path);
 }
 /* ======================================================================
  * Chapter 6: data
@@ -2197,21 +2027,11 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
  * ====================================================================== */
 
 /* The fields of an example, in the order in which they are written. */
-static const struct {
-  const char *name;
-  size_t at;
-} example_field[] = {
-    {"prompt", offsetof(TbrExample, prompt)},
-    {"reflection", offsetof(TbrExample, reflection)},
-    {"response", offsetof(TbrExample, response)},
-    {"label", offsetof(TbrExample, label)},
-    {"type", offsetof(TbrExample, type)},
-    {"source", offsetof(TbrExample, source)},
-    {"key", offsetof(TbrExample, key)},
-    {"id", offsetof(TbrExample, id)},
-    {"filler", offsetof(TbrExample, filler)},
-    {"label_only", offsetof(TbrExample, label_only)}};
-
+#define IN_ROW(name) {#name, offsetof(TbrExample, name)}
+static const struct { const char *name; size_t at; } example_field[] = {
+    IN_ROW(prompt), IN_ROW(reflection), IN_ROW(response), IN_ROW(label),
+    IN_ROW(type), IN_ROW(source), IN_ROW(key), IN_ROW(id), IN_ROW(filler),
+    IN_ROW(label_only)};
 enum { EXAMPLE_FIELDS = sizeof example_field / sizeof *example_field };
 
 /* The place of a field, by its number in example_field. */
@@ -2226,12 +2046,11 @@ static void examples_take(TbrExamples *list, TbrExample e) {
 }
 
 void tbr_examples_add(TbrExamples *list, TbrExample copy_of) {
-  TbrExample e = {0};
   for (size_t f = 0; f < EXAMPLE_FIELDS; f++) {
-    const char *s = *example_at(&copy_of, f);
-    if (s) *example_at(&e, f) = copy_string(s);
+    char **s = example_at(&copy_of, f);
+    if (*s) *s = copy_string(*s);
   }
-  examples_take(list, e);
+  examples_take(list, copy_of);
 }
 
 /* Frees the strings of an example. */
@@ -2256,192 +2075,140 @@ static char *trim(char *s) {
 }
 
 /* Takes <think>...</think> from the start of the response. */
-static void split_reflection(TbrExample *e, const char *path, size_t line) {
-  if (!e->response) return;
-  char *at = e->response + strspn(e->response, " \t\r\n");
+static void split_reflection(TbrExample *e, const Json *row) {
+  char *all = e->response, *at = all ? all + strspn(all, " \t\r\n") : "";
   if (strncmp(at, "<think>", 7)) return;
-  if (e->reflection)
-    tbr_fail("%s:%zu: a reflection and one more as <think> in the response; "
-             "one of them is enough", path, line);
   char *end = strstr(at, "</think>");
-  if (!end)
-    tbr_fail("%s:%zu: <think> that never ends; </think> should stand between "
-             "the reflection and the response", path, line);
+  if (!end || e->reflection)
+    tbr_fail("%s:%zu: <think> that never ends, or beside a reflection; one "
+             "reflection with </think> behind it would be right", row->path,
+             row->line);
   *end = 0;
-  char *response = copy_string(trim(end + 8));
   e->reflection = copy_string(trim(at + 7));
-  free(e->response);
-  e->response = response;
+  e->response = copy_string(trim(end + 8));
+  free(all);
 }
 
 /* Brings the label to one of the three that tbr knows. XSTest has safe and
  * unsafe instead; where it has no label, its types tell. */
-static void set_label(TbrExample *e, const char *path, size_t line) {
-  static const char *const known[] = {"harmful", "harmless", "pseudo-harmful"};
+static void set_label(TbrExample *e, const Json *row) {
+  static const char *const known[][2] = {
+      {"safe", "pseudo-harmful"}, {"unsafe", "harmful"}, {"harmful", "harmful"},
+      {"harmless", "harmless"}, {"pseudo-harmful", "pseudo-harmful"}};
   static const char *const safe[] = {
       "homonyms", "figurative_language", "safe_targets", "safe_contexts",
       "definitions", "nons_group_real_discr", "real_group_nons_discr",
       "historical_events", "privacy_public", "privacy_fictional"};
   const char *label = e->label;
   if (!label && e->type) {
-    if (!strncmp(e->type, "contrast_", 9)) label = "harmful";
+    if (!strncmp(e->type, "contrast_", 9)) label = "unsafe";
     for (size_t i = 0; i < sizeof safe / sizeof *safe; i++)
-      if (!strcmp(e->type, safe[i])) label = "pseudo-harmful";
+      if (!strcmp(e->type, safe[i])) label = "safe";
   }
   if (!label) return;
-  if (!strcmp(label, "safe")) label = "pseudo-harmful";
-  if (!strcmp(label, "unsafe")) label = "harmful";
-  for (size_t i = 0; i < 3; i++)
-    if (!strcmp(label, known[i])) {
-      free(e->label);
-      e->label = copy_string(known[i]);
-      return;
-    }
-  tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
-           "pseudo-harmful, and XSTest's safe and unsafe", path, line, label);
+  size_t k = 0;
+  while (k < 5 && strcmp(label, known[k][0])) k++;
+  if (k == 5)
+    tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
+             "pseudo-harmful, and XSTest's safe and unsafe", row->path,
+             row->line, label);
+  free(e->label);
+  e->label = copy_string(known[k][1]);
 }
 
-/* Checks what was read as an example, and adds it; the list owns it then. */
-static void examples_read_one(TbrExamples *list, TbrExample e,
-                              const char *path, size_t line) {
+/* Takes the turns of a chat into an example. */
+static void take_turns(TbrExample *e, const Json *list) {
+  const char *before = NULL;
+  for (const Json *turn = list->child; turn; turn = turn->next) {
+    const char *role = json_string(turn, "role", NULL);
+    const char *content = json_string(turn, "content", NULL);
+    if (!role || !content)
+      tbr_fail("%s:%zu: a turn should be {\"role\": ..., \"content\": ...}",
+               turn->path, turn->line);
+    if (!strcmp(role, "system") && !before && !e->prompt)
+      before = content;
+    else if (!strcmp(role, "user") && !e->prompt)
+      e->prompt = format_string("%s%s%s", before ? before : "",
+                                before ? "\n\n" : "", content);
+    else if (!strcmp(role, "assistant") && e->prompt && !e->response)
+      e->response = copy_string(content);
+    else
+      tbr_fail("%s:%zu: a turn of \"%.20s\" isn't expected here; a chat has "
+               "a system turn or none, one of user, one of assistant or "
+               "none", turn->path, turn->line, role);
+  }
+}
+
+/* Copies the text under key, if there is one, in place of *to. */
+static void copy_member(const Json *row, const char *key, char **to) {
+  const char *s = json_string(row, key, NULL);
+  if (!s) return;
+  free(*to);
+  *to = copy_string(s);
+}
+
+/* The same, where a list of turns may stand instead. */
+static void take(TbrExample *e, const Json *row, const char *key, char **to) {
+  const Json *v = json_get(row, key);
+  if (v && v->kind == JSON_ARRAY) take_turns(e, v);
+  else copy_member(row, key, to);
+}
+
+/* Reads one row, in whatever form it is, and adds it. */
+static void examples_read_row(TbrExamples *list, const Json *row) {
+  static const char *const form[][3] = {
+      {"prompt", "", "completion"}, {"instruction", "input", "output"},
+      {"question", "", "response"}};
+  const Json *messages = json_get(row, "messages");
+  TbrExample e = {0};
+  if (row->kind != JSON_OBJECT)
+    tbr_fail("%s:%zu: an example should be an object {...}", row->path,
+             row->line);
+  for (size_t f = 1; f < EXAMPLE_FIELDS; f++) {
+    const Json *v = json_get(row, example_field[f].name);
+    if (v && v->kind == JSON_NUMBER && example_at(&e, f) == &e.id)
+      e.id = format_string("%.17g", v->number);
+    else
+      copy_member(row, example_field[f].name, example_at(&e, f));
+  }
+  if (messages && messages->kind == JSON_ARRAY) take_turns(&e, messages);
+  for (size_t k = 0; k < 3 && !e.prompt; k++) {
+    const char *input = *form[k][1] ? json_string(row, form[k][1], "") : "";
+    take(&e, row, form[k][0], &e.prompt);
+    if (!e.prompt) continue;
+    take(&e, row, form[k][2], &e.response);
+    if (k && !e.response)
+      tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][2]);
+    size_t n = strlen(e.prompt);
+    Buf b = {e.prompt, n, n + 1};
+    if (*input) buf_printf(&b, "\n%s", input);
+    e.prompt = b.s;
+  }
   if (!e.prompt || !*e.prompt)
     tbr_fail("%s:%zu: row without `prompt`; known forms are {prompt, "
              "reflection, response}, {instruction, input, output}, "
              "{question, response}, {messages}, {prompt, completion} and "
-             "CSV with a column `prompt`", path, line);
-  split_reflection(&e, path, line);
-  set_label(&e, path, line);
+             "CSV with a column `prompt`", row->path, row->line);
+  split_reflection(&e, row);
+  set_label(&e, row);
   examples_take(list, e);
 }
 
-/* The text under a key, copied; NULL if it is absent or null. */
-static char *field_text(const Json *row, const char *key, const char *path) {
-  const Json *v = json_get(row, key);
-  if (!v || v->kind == JSON_NULL) return NULL;
-  if (v->kind != JSON_STRING)
-    tbr_fail("%s:%zu: `%s` should be a text", path, v->line, key);
-  if (strlen(v->string) != v->length)
-    tbr_fail("%s:%zu: `%s` has a zero byte in it; texts have none", path,
-             v->line, key);
-  return copy_string(v->string);
-}
-
-/* As field_text, for a field that must be there. */
-static char *field_text_needed(const Json *row, const char *key,
-                              const char *path) {
-  char *s = field_text(row, key, path);
-  if (!s) tbr_fail("%s:%zu: row without `%s`", path, row->line, key);
-  return s;
-}
-
-/* Takes the turns of a chat into an example. */
-static void take_turns(const Json *list, const char *path, TbrExample *e) {
-  char *before = NULL;
-  for (const Json *turn = list->child; turn; turn = turn->next) {
-    if (turn->kind != JSON_OBJECT)
-      tbr_fail("%s:%zu: a turn should be {\"role\": ..., \"content\": ...}",
-               path, turn->line);
-    char *role = field_text_needed(turn, "role", path);
-    char *content = field_text_needed(turn, "content", path);
-    if (!strcmp(role, "system") && !before && !e->prompt) {
-      before = content;
-    } else if (!strcmp(role, "user") && !e->prompt) {
-      e->prompt = before ? format_string("%s\n\n%s", before, content)
-                         : copy_string(content);
-      free(content);
-    } else if (!strcmp(role, "assistant") && e->prompt && !e->response) {
-      e->response = content;
-    } else {
-      tbr_fail("%s:%zu: a turn of \"%.20s\" isn't expected here; a chat has "
-               "a system turn or none, one of user, one of assistant or "
-               "none", path, turn->line, role);
-    }
-    free(role);
-  }
-  free(before);
-}
-
-/* Reads what stands under key as a text into *to, or as a list of turns. */
-static void take_text_or_turns(const Json *row, const char *key,
-                               const char *path, TbrExample *e, char **to) {
-  const Json *v = json_get(row, key);
-  if (v && v->kind == JSON_ARRAY) {
-    take_turns(v, path, e);
-  } else {
-    free(*to);
-    *to = field_text(row, key, path);
-  }
-}
-
-/* Reads one row of JSON, in whatever form it is. */
-static void examples_read_row(TbrExamples *list, const Json *row,
-                              const char *path) {
-  TbrExample e = {0};
-  if (row->kind != JSON_OBJECT)
-    tbr_fail("%s:%zu: an example should be an object {...}", path, row->line);
-  for (size_t f = 1; f < EXAMPLE_FIELDS; f++) {
-    const Json *v = json_get(row, example_field[f].name);
-    if (v && v->kind == JSON_NUMBER && !strcmp(example_field[f].name, "id"))
-      e.id = format_string("%.17g", v->number);
-    else
-      *example_at(&e, f) = field_text(row, example_field[f].name, path);
-  }
-  const Json *messages = json_get(row, "messages");
-  if (messages && messages->kind == JSON_ARRAY) {
-    take_turns(messages, path, &e);
-  } else if (json_get(row, "prompt")) {
-    take_text_or_turns(row, "prompt", path, &e, &e.prompt);
-    if (json_get(row, "completion"))
-      take_text_or_turns(row, "completion", path, &e, &e.response);
-  } else if (json_get(row, "instruction")) {
-    char *task = field_text_needed(row, "instruction", path);
-    char *input = field_text(row, "input", path);
-    e.prompt = input && *input ? format_string("%s\n%s", task, input)
-                               : copy_string(task);
-    free(e.response);
-    e.response = field_text_needed(row, "output", path);
-    free(task);
-    free(input);
-  } else if (json_get(row, "question")) {
-    e.prompt = field_text_needed(row, "question", path);
-    free(e.response);
-    e.response = field_text_needed(row, "response", path);
-  }
-  examples_read_one(list, e, path, row->line);
-}
-
-/* Reads text in which every line that isn't empty is a row. */
-static void examples_read_lines(TbrExamples *list, const char *text,
-                                const char *path) {
-  for (size_t line = 1; *text; line++) {
-    size_t n = strcspn(text, "\n");
-    if (strspn(text, " \t\r") < n) {
-      Json *row = json_parse(text, n, path, line);
-      examples_read_row(list, row, path);
-      json_free(row);
-    }
-    text += n + (text[n] == '\n');
-  }
-}
-
-/* Reads a CSV file; columns that tbr has no use for are passed over. */
+/* Reads a CSV file: a row becomes an object without its empty cells. */
 static void examples_read_csv(TbrExamples *list, const char *path) {
   Csv csv = csv_read(path);
-  size_t column[EXAMPLE_FIELDS];
-  for (size_t f = 0; f < EXAMPLE_FIELDS; f++) {
-    column[f] = csv_column(&csv, example_field[f].name);
-    if (column[f] == SIZE_MAX && !strcmp(example_field[f].name, "response"))
-      column[f] = csv_column(&csv, "completion");
-  }
+  Json *v = mem_new(csv.columns, sizeof *v);
   for (size_t i = 1; i < csv.rows; i++) {
-    TbrExample e = {0};
-    for (size_t f = 0; f < EXAMPLE_FIELDS; f++) {
-      if (column[f] == SIZE_MAX) continue;
-      const char *cell = csv.cell[i * csv.columns + column[f]];
-      if (*cell) *example_at(&e, f) = copy_string(cell);
+    Json row = {.kind = JSON_OBJECT, .path = path, .line = csv.line[i]};
+    for (size_t c = csv.columns; c-- > 0; row.child = &v[c]) {
+      char *s = csv.cell[i * csv.columns + c];
+      v[c] = (Json){.kind = *s ? JSON_STRING : JSON_NULL, .key = csv.cell[c],
+                    .string = s, .length = strlen(s), .line = row.line,
+                    .path = path, .next = row.child};
     }
-    examples_read_one(list, e, path, csv.line[i]);
+    examples_read_row(list, &row);
   }
+  free(v);
   csv_free(&csv);
 }
 
@@ -2450,48 +2217,37 @@ TbrExamples tbr_examples_read(const char *path) {
   size_t n;
   char *text = read_file(path, &n), *start = text;
   if (!strncmp(start, "\xef\xbb\xbf", 3)) start += 3; /* byte order mark */
-  char first = start[strspn(start, " \t\r\n")];
-  if (strlen(text) != n)
-    tbr_fail("%s: has a zero byte at %zu; examples are text in UTF-8", path,
-             strlen(text));
-  if (first == '[') {
-    Json *rows = json_parse(start, strlen(start), path, 1);
-    for (const Json *row = rows->child; row; row = row->next)
-      examples_read_row(&list, row, path);
-    json_free(rows);
-  } else if (first == '{') {
-    examples_read_lines(&list, start, path);
-  } else {
-    examples_read_csv(&list, path);
-  }
+  JsonReader r = {start, text + n, start, path, 1};
+  json_next(&r, 0, NULL);
+  if (*r.at != '[' && *r.at != '{') examples_read_csv(&list, path);
+  else
+    for (; r.at < r.end; json_next(&r, 0, NULL)) {
+      Json *v = json_value(&r, 0);
+      const Json *row = v->kind == JSON_ARRAY ? v->child : v;
+      for (; row; row = row->next) examples_read_row(&list, row);
+      json_free(v);
+    }
   free(text);
   if (!list.n) tbr_fail("%s: has no example in it", path);
   return list;
-}
-
-/* Adds ", " where something stands before it, and "name": "text". */
-static void json_field(Buf *b, const char *name, const char *text) {
-  if (b->s[b->n - 1] != '{') buf_str(b, ", ");
-  json_quote(b, name, strlen(name));
-  buf_str(b, ": ");
-  json_quote(b, text, strlen(text));
 }
 
 /* Adds prompt, reflection and response as turns of a chat. */
 static void json_turns(Buf *b, const TbrExample *e) {
   buf_str(b, "\"messages\": [{\"role\": \"user\"");
   json_field(b, "content", e->prompt);
-  if (e->reflection && strstr(e->reflection, "</think>"))
+  const char *think = e->reflection, *answer = e->response;
+  if (think && strstr(think, "</think>"))
     tbr_fail("a reflection has </think> in it, so it can't stand within "
-             "<think>: %.60s", e->reflection);
-  if (e->response || e->reflection) {
-    Buf turn = {0};
-    if (e->reflection)
-      buf_printf(&turn, "<think>\n%s\n</think>\n\n", e->reflection);
-    buf_str(&turn, e->response ? e->response : "");
+             "<think>: %.60s", think);
+  if (answer || think) {
+    const char *open = think ? "<think>\n" : "";
+    const char *close = think ? "\n</think>\n\n" : "";
+    char *turn = format_string("%s%s%s%s", open, think ? think : "", close,
+                               answer ? answer : "");
     buf_str(b, "}, {\"role\": \"assistant\"");
-    json_field(b, "content", turn.s);
-    buf_free(&turn);
+    json_field(b, "content", turn);
+    free(turn);
   }
   buf_str(b, "}]");
 }
@@ -2517,773 +2273,432 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
 /* ======================================================================
  * Chapter 6, second part: the world
  *
- * The built-in data set comes from two files that people can read and
- * change: lexicon.txt has words and what they mean, in tables, templates.txt
- * the sentences. Here is only what expands them; no sentence of the world is
- * in C. Items are the rows of joined tables: something that may be asked
- * for, harmful, harmless, or pseudo-harmful (sounds harmful, and isn't).
- * A say is a set of templates, of which one whose guard holds is drawn.
- * Which items are kept out of pretraining (novel) and out of fine-tuning
- * (held) is drawn for each seed, and what was made is checked for leaks.
- * The names that the program knows: the says prompt, ask, reflect, answer,
- * refuse, key, filler, label; the mixes pretrain, general, safety; the
- * columns harm and type. templates.txt explains the format at its top.
- * A world is checked whole before anything is made of it: every item is
- * tried once, and so is every line that could hold for it.
+ * The built-in data set is made from two files that people can read and
+ * change: lexicon.txt has words and what they mean, templates.txt sentences;
+ * its top explains the format. Here is only what expands them. Items are the
+ * rows of joined tables: something harmful, harmless or pseudo-harmful that
+ * may be asked for. A say is a set of templates, of which one whose guard
+ * holds is drawn. What is kept out of pretraining (novel) and fine-tuning
+ * (held) is drawn for each seed, and every test is checked for leaks.
+ * Everything stays text, and is looked up by name; that is fast enough.
  * ====================================================================== */
 
 enum { /* limits that honest worlds are far below */
-  MOST_NAMES = 2000, MOST_COLUMNS = 32, MOST_ROWS = 10000, MOST_ITEMS = 50000,
-  MOST_NESTED = 64, MOST_EXPANDED = 10000, MOST_TEXT = 1 << 20
+  MOST_WORDS = 40, MOST_LINE = 4000, MOST_ROWS = 50000, MOST_PAIRS = 1 << 26,
+  MOST_NESTED = 64, MOST_EXPANDED = 10000, MOST_TEXT = 1 << 16
 };
 
-#define NONE SIZE_MAX
-#define LIST(type) struct { type *at; size_t n, cap; }
-/* A new last element of a LIST, to be assigned. */
-#define MORE(list) \
-  (*((list).at = mem_grow((list).at, &(list).cap, (list).n + 1, \
-                          sizeof *(list).at), &(list).at[(list).n++]))
-
-typedef struct { size_t from, n; } Range; /* a run of some LIST's elements */
-typedef struct { const char *path; size_t line; } Place;
-#define AT(place) (place).path, (place).line /* for messages */
-typedef LIST(size_t) Indices;
-typedef LIST(const char *) Strings;
-
-/* Whatever has a name, under a number; KIND, HARM, TYPE are the first. */
-enum { KIND, HARM, TYPE };
+/* A line of a file and the strings on it, words or cells. An item is one,
+ * too: of each field the name and then the value, beginning with its kind. */
 typedef struct {
-  const char *text;
-  size_t say, held;      /* its sections, or NONE */
-  int kind, column, fix; /* what else it is */
-  size_t table, cell;    /* of TABLE.COLUMN, or NONE */
-} Name;
+  const char *path;
+  size_t line;
+  char *text; /* what the strings of a line point into */
+  const char **at;
+  size_t n, cap;
+  int used; /* a say: it was expanded; a line of it: its guard held */
+} Row;
 
-typedef struct { const char *name; Range columns; size_t cells, rows; } Table;
-typedef struct { Place at; size_t name, weight; Range tables, items; } Kind;
-/* A word of a guard: the kind, a field that isn't empty or 0, or (with a
- * value) a field that equals it. */
-typedef struct { size_t name; const char *value; int not; } Condition;
-typedef struct { const char *literal; size_t name; int article; } Part;
-
-/* A line of a section. Number: the weight of a mix, percent of a rule. */
+/* A line that begins with @, and the rows below it. */
 typedef struct {
-  Place at;
-  Range guard, variants, fields;
-  size_t number, say;
-} Line;
+  int is;
+  Row head, *row;
+  size_t n, cap;
+} Section;
 
-/* @say, @mix, and the rules @novel and @hold with their one line. */
-enum { SAY, MIX, RULE, TABLE, CLOSED };
-typedef struct { int is; const char *name; Place at; Range lines; } Section;
+enum { TABLE, SAY, MIX, ITEM, FIX, NOVEL, HOLD, STATEMENTS };
+static const struct {
+  const char *word, *form;
+  size_t least, most; /* words at the head */
+  size_t cells;       /* of each row */
+} statement[] = {
+    {"@table", "@table NAME COLUMN ..., then as many cells a row", 3,
+     MOST_WORDS, 0},
+    {"@say", "@say NAME, then guard | text", 2, 2, 2},
+    {"@mix", "@mix NAME, then weight | guard | say", 2, 2, 3},
+    {"@item", "@item KIND WEIGHT = TABLE ...", 5, MOST_WORDS, 0},
+    {"@fix", "@fix SAY ...", 2, MOST_WORDS, 0},
+    {"@novel", "@novel PERCENT | guard | fields", 2, 2, 2},
+    {"@hold", "@hold PERCENT | guard | fields", 2, 2, 2}};
 
-enum { NOVEL = 1, HELD = 2, PRETRAINED = 4, TUNED = 8 };
+/* What is known of an item: its rules, and where it was drawn. */
+enum { IS_NOVEL = 1, IS_HELD = 2, PRETRAINED = 4, TUNED = 8 };
 
-typedef struct World {
-  char *path[2], *text[2]; /* strings below point into these texts */
-  Place at;                /* where reading is */
-  int open;                /* what the next row belongs to */
-  LIST(Name) names;
-  LIST(Table) tables;
-  Strings cells;
-  LIST(Kind) kinds;
-  Indices ids; /* of columns and tables, in Ranges */
-  Indices fixes;
-  LIST(Condition) conditions;
-  LIST(Part) parts;
-  LIST(Range) variants;
-  LIST(Line) lines;
-  LIST(Section) sections;
-  Strings values; /* of items, names.n each, NULL where absent */
-  size_t n_items;
-  unsigned char *mark; /* of items: NOVEL, HELD, PRETRAINED, TUNED */
+/* What a mix may draw: a line of it with an item. Its chance is the share of
+ * the line, of the item's kind in the line, and of the item in the kind; upto
+ * is the sum of the chances so far. */
+typedef struct {
+  const Row *line;
+  size_t item;
+  double upto;
+} Draw;
+
+typedef struct {
+  char *path[2];
+  Section *section;
+  size_t n, cap, rows, pairs; /* rows read and pairs joined, for the limits */
+  Section items;
+  unsigned char *mark;   /* of each item */
+  Draw *draw;            /* the mix that is open */
+  size_t draws, draw_cap;
+  Buf documents, tuning; /* what was made for training, for the checks */
+  Rng rng;
+  /* The item in hand: its fields, of_item strings, and then the fixes. */
+  Row fields;
+  size_t of_item, expanded, nested;
+  int fixing; /* a fix is being made, which keeps its = */
 } World;
 
-/* ---- reading ---- */
+/* ---- lookup ---- */
 
-/* Cuts the next word off *at; NULL when there is none. */
-static char *next_word(char **at) {
-  char *word = *at + strspn(*at, " \t");
-  if (!*word) return NULL;
-  char *end = word + strcspn(word, " \t");
-  *at = *end ? end + 1 : end;
-  *end = 0;
-  return word;
+/* Fails, with the place in the file. */
+TBR_PRINTF(2, 3)
+static void fail_at(const Row *at, const char *format, ...) {
+  char message[1024];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(message, sizeof message, format, args);
+  va_end(args);
+  tbr_fail("%s:%zu: %s", at->path, at->line, message);
 }
 
-/* Cuts the next cell off *at, without blanks; NULL when there is none. */
-static char *next_cell(char **at, int divider) {
-  if (!*at) return NULL;
-  char *cell = *at, *end = strchr(cell, divider);
-  *at = end ? end + 1 : NULL;
-  if (end) *end = 0;
-  return trim(cell);
+/* Whether s is the n bytes at word, where _ may stand for a blank. */
+static int is_name(const char *s, const char *word, size_t n) {
+  for (; n && (*s == *word || (*s == ' ' && *word == '_')); n--) s++, word++;
+  return !n && !*s;
 }
 
-/* The number of a name, or NONE. */
-static size_t name_find(const World *w, const char *text) {
-  for (size_t i = 0; i < w->names.n; i++)
-    if (!strcmp(w->names.at[i].text, text)) return i;
-  return NONE;
+/* The value of the field whose name is the n bytes at name, or NULL. */
+static const char *field(const Row *item, const char *name, size_t n) {
+  for (size_t i = 0; i < item->n; i += 2)
+    if (is_name(item->at[i], name, n)) return item->at[i + 1];
+  return NULL;
 }
 
-/* The number of a name, which is made if it is new. */
-static size_t name_of(World *w, const char *text) {
-  size_t i = name_find(w, text);
-  if (i != NONE) return i;
-  if (w->names.n == MOST_NAMES)
-    tbr_fail("%s:%zu: more than %d names", AT(w->at), MOST_NAMES);
-  MORE(w->names) = (Name){text, NONE, NONE, 0, 0, 0, NONE, 0};
-  return w->names.n - 1;
+/* The section of a sort whose name is the n bytes at name, or NULL. */
+static Section *find(const World *w, int is, const char *name, size_t n) {
+  for (Section *s = w->section; s < w->section + w->n; s++)
+    if (s->is == is && is_name(s->head.at[1], name, n)) return s;
+  return NULL;
 }
 
-/* The number of a table, or NONE. */
-static size_t table_find(const World *w, const char *name) {
-  for (size_t i = 0; i < w->tables.n; i++)
-    if (!strcmp(w->tables.at[i].name, name)) return i;
-  return NONE;
+/* A section that the program itself asks for. */
+static Section *needed(const World *w, int is, const char *name) {
+  Section *s = find(w, is, name, strlen(name));
+  if (!s)
+    tbr_fail("%s: there is no %s %s, which the data set is made of",
+             w->path[1], statement[is].word, name);
+  return s;
 }
 
-/* The number of a section, or NONE. */
-static size_t section_find(const World *w, int is, const char *name) {
-  for (size_t i = 0; i < w->sections.n; i++)
-    if (w->sections.at[i].is == is && !strcmp(w->sections.at[i].name, name))
-      return i;
-  return NONE;
-}
-
-/* Reads a whole number up to most. */
-static size_t read_number(const World *w, const char *s, size_t most) {
-  size_t x = 0;
-  const char *c = s;
-  for (; *c >= '0' && *c <= '9' && x <= most; c++)
-    x = x * 10 + (size_t)(*c - '0');
-  if (c == s || *c || x > most)
-    tbr_fail("%s:%zu: \"%s\" should be a whole number up to %zu", AT(w->at), s,
-             most);
-  return x;
-}
-
-/* Reads the words of a guard. */
-static Range read_guard(World *w, char *text) {
-  Range r = {w->conditions.n, 0};
-  for (char *word; (word = next_word(&text)) != NULL; r.n++) {
-    int not = *word == '!';
-    char *name = word + not, *value = strchr(name, '=');
-    if (value) *value++ = 0;
-    for (char *c = value; c && *c; c++)
-      if (*c == '_') *c = ' ';
-    MORE(w->conditions) = (Condition){name_of(w, name), value, not};
-  }
-  return r;
-}
-
-/* Reads one text: literals, and {name} or {a name}. */
-static Range read_parts(World *w, char *text) {
-  Range r = {w->parts.n, 0};
-  for (;;) {
-    char *brace = text + strcspn(text, "{}"), which = *brace;
-    *brace = 0;
-    if (*text) MORE(w->parts) = (Part){text, NONE, 0};
-    if (!which) break;
-    char *end = brace + 1 + strcspn(brace + 1, "{}"), *inside = brace + 1;
-    if (which == '}' || *end != '}')
-      tbr_fail("%s:%zu: { and } should stand in pairs", AT(w->at));
-    *end = 0;
-    char *name = next_word(&inside), *second = name ? next_word(&inside) : NULL;
-    int article = second && !strcmp(name, "a");
-    if (!name || (second && !article) || next_word(&inside))
-      tbr_fail("%s:%zu: between { and } there should be a name, or `a` and a "
-               "name", AT(w->at));
-    size_t id = name_of(w, article ? second : name);
-    MORE(w->parts) = (Part){NULL, id, article};
-    text = end + 1;
-  }
-  r.n = w->parts.n - r.from;
-  return r;
-}
-
-/* Reads the alternatives of a text, divided by " / ". */
-static Range read_variants(World *w, char *text) {
-  Range r = {w->variants.n, 0};
-  for (char *next = text; next; r.n++) {
-    text = next;
-    next = strstr(text, " / ");
-    if (next) *next = 0, next += 3;
-    text = trim(text);
-    MORE(w->variants) = read_parts(w, strcmp(text, "-") ? text : text + 1);
-  }
-  return r;
-}
-
-/* Fails if the last row of a table is there already. */
-static void check_row(const World *w, const Table *t) {
-  const char *const *row = w->cells.at + t->cells;
-  size_t n = t->columns.n;
-  for (size_t r = 0; r + 1 < t->rows; r++) {
-    size_t c = 0;
-    while (c < n && !strcmp(row[r * n + c], row[(t->rows - 1) * n + c])) c++;
-    if (c == n)
-      tbr_fail("%s:%zu: @table %s has this row already", AT(w->at), t->name);
-  }
-}
-
-/* Reads a row of a table: a row for each pairing of the cells' parts, the
- * first column slowest. */
-static void read_row(World *w, char *text) {
-  Table *t = &w->tables.at[w->tables.n - 1];
-  Range part[MOST_COLUMNS];
-  Strings all = {0};
-  size_t n = 0, rows = 1;
-  for (; text && n < t->columns.n; n++) {
-    char *cell = next_cell(&text, '|');
-    part[n] = (Range){all.n, 0};
-    for (char *s; (s = next_cell(&cell, ';')) != NULL; part[n].n++) {
-      if (!*s)
-        tbr_fail("%s:%zu: nothing in a cell; an empty one is written -",
-                 AT(w->at));
-      MORE(all) = strcmp(s, "-") ? s : "";
-    }
-    rows = rows > MOST_ROWS ? rows : rows * part[n].n;
-  }
-  if (n != t->columns.n || text)
-    tbr_fail("%s:%zu: a row of @table %s should have %zu cells", AT(w->at),
-             t->name, t->columns.n);
-  if (rows > MOST_ROWS || t->rows + rows > MOST_ROWS)
-    tbr_fail("%s:%zu: @table %s has more than %d rows", AT(w->at), t->name,
-             MOST_ROWS);
-  for (size_t i = 0; i < rows; i++) {
-    for (size_t c = 0, step = rows, rest = i; c < n; c++) {
-      step /= part[c].n;
-      MORE(w->cells) = all.at[part[c].from + rest / step];
-      rest %= step;
-    }
-    t->rows++;
-    check_row(w, t);
-  }
-  free(all.at);
-}
-
-/* Opens a section, whose lines follow. */
-static void open_section(World *w, int is, const char *name) {
-  if (!name || (section_find(w, is, name) != NONE && is != RULE))
-    tbr_fail("%s:%zu: a section should have a name of its own", AT(w->at));
-  MORE(w->sections) = (Section){is, name, w->at, {w->lines.n, 0}};
-  w->open = is;
-}
-
-/* Reads a line of the section that is open: of a @say `guard | text`, of a
- * @mix `weight | guard | say`, of a rule `percent | guard | fields`. */
-static void read_line(World *w, char *text) {
-  static const char *const form[] = {
-      "guard | text", "weight | guard | say", "percent | guard | fields"};
-  int is = w->open;
-  Line line = {.at = w->at, .say = NONE};
-  char *number = is == SAY ? NULL : next_cell(&text, '|');
-  char *guard = next_cell(&text, '|'), *last = next_cell(&text, '|');
-  if (!last || text)
-    tbr_fail("%s:%zu: this should be %s", AT(w->at), form[is]);
-  if (number) line.number = read_number(w, number, is == RULE ? 100 : 10000);
-  line.guard = read_guard(w, guard);
-  line.fields.from = w->ids.n;
-  if (is == SAY) line.variants = read_variants(w, last);
-  if (is == MIX) line.say = name_of(w, last);
-  for (char *word; is == RULE && (word = next_word(&last)) != NULL;) {
-    if (!strcmp(word, "*")) continue; /* no field: each item by itself */
-    MORE(w->ids) = name_of(w, word);
-    line.fields.n++;
-  }
-  MORE(w->lines) = line;
-  w->sections.at[w->sections.n - 1].lines.n++;
-}
-
-/* Reads the head of a table. */
-static void read_table(World *w, char *rest) {
-  const char *name = next_word(&rest);
-  if (!name || table_find(w, name) != NONE)
-    tbr_fail("%s:%zu: @table should have a name of its own and columns",
-             AT(w->at));
-  Table t = {name, {w->ids.n, 0}, w->cells.n, 0};
-  for (char *word; (word = next_word(&rest)) != NULL; t.columns.n++) {
-    size_t id = name_of(w, word);
-    for (size_t c = 0; c < t.columns.n; c++)
-      if (w->ids.at[t.columns.from + c] == id)
-        tbr_fail("%s:%zu: column %s is there twice", AT(w->at),
-                 word);
-    MORE(w->ids) = id;
-    w->names.at[id].column = 1;
-  }
-  if (!t.columns.n || t.columns.n > MOST_COLUMNS)
-    tbr_fail("%s:%zu: a table should have 1 to %d columns", AT(w->at),
-             MOST_COLUMNS);
-  MORE(w->tables) = t;
-  w->open = TABLE;
-}
-
-/* Reads `@item kind weight = table table ...`. */
-static void read_item(World *w, char *rest) {
-  char *name = next_word(&rest), *weight = name ? next_word(&rest) : NULL;
-  char *equals = weight ? next_word(&rest) : NULL;
-  Kind k = {w->at, NONE, 0, {w->ids.n, 0}, {0, 0}};
-  if (!equals || strcmp(equals, "="))
-    tbr_fail("%s:%zu: this should be @item KIND WEIGHT = TABLE TABLE ...",
-             AT(w->at));
-  for (char *word; (word = next_word(&rest)) != NULL; k.tables.n++) {
-    size_t table = table_find(w, word);
-    if (table == NONE)
-      tbr_fail("%s:%zu: no @table %s stands above", AT(w->at), word);
-    MORE(w->ids) = table;
-  }
-  k.weight = read_number(w, weight, 10000);
-  k.name = name_of(w, name);
-  if (w->names.at[k.name].kind)
-    tbr_fail("%s:%zu: @item %s is there twice", AT(w->at), name);
-  w->names.at[k.name].kind = 1;
-  MORE(w->kinds) = k;
-}
-
-/* Reads the head of a say; NAME~held takes the place of NAME on request. */
-static void read_say(World *w, char *rest) {
-  char *name = next_word(&rest), *tilde = name ? strchr(name, '~') : NULL;
-  open_section(w, SAY, name);
-  if (tilde) *tilde = 0;
-  size_t section = w->sections.n - 1, id = name_of(w, name);
-  if (next_word(&rest) ||
-      (tilde && (strcmp(tilde + 1, "held") || w->names.at[id].say == NONE)))
-    tbr_fail("%s:%zu: this should be @say NAME, or @say NAME~held with @say "
-             "NAME above", AT(w->at));
-  if (!tilde) {
-    w->names.at[id].say = section;
-    return;
-  }
-  w->names.at[id].held = section;
-  *tilde = '~';
-}
-
-/* Reads a line that begins with @. */
-static void read_statement(World *w, char *text) {
-  char *word = next_word(&text);
-  w->open = CLOSED;
-  if (!strcmp(word, "@table")) {
-    read_table(w, text);
-  } else if (!strcmp(word, "@item")) {
-    read_item(w, text);
-  } else if (!strcmp(word, "@say")) {
-    read_say(w, text);
-  } else if (!strcmp(word, "@novel") || !strcmp(word, "@hold")) {
-    open_section(w, RULE, word + 1);
-    read_line(w, text);
-    w->open = CLOSED;
-  } else if (!strcmp(word, "@mix")) {
-    open_section(w, MIX, next_word(&text));
-  } else if (!strcmp(word, "@fix")) {
-    while ((word = next_word(&text)) != NULL) {
-      MORE(w->fixes) = name_of(w, word);
-      w->names.at[w->fixes.at[w->fixes.n - 1]].fix = 1;
-    }
-  } else {
-    tbr_fail("%s:%zu: %s is unknown; known are @table, @item, @fix, @say, "
-             "@mix, @novel, @hold", AT(w->at), word);
-  }
-}
-
-/* Reads one of the two files. */
-static void read_world_file(World *w, size_t file) {
-  size_t n;
-  char *text = w->text[file] = read_file(w->path[file], &n), *next = text;
-  w->at = (Place){w->path[file], 0};
-  w->open = CLOSED;
-  while (next) {
-    w->at.line++;
-    text = next;
-    next = strchr(text, '\n');
-    if (next) *next++ = 0;
-    if (!next && text + strlen(text) != w->text[file] + n)
-      tbr_fail("%s:%zu: a zero byte; this should be text", AT(w->at));
-    text = trim(text);
-    if (!*text || *text == '#') continue;
-    if (*text == '@') read_statement(w, text);
-    else if (w->open == TABLE) read_row(w, text);
-    else if (w->open != CLOSED) read_line(w, text);
-    else
-      tbr_fail("%s:%zu: a row outside of @table, @say and @mix", AT(w->at));
-  }
-}
-
-/* ---- joining, and checking that everything fits ---- */
-
-/* Finds out what TABLE.COLUMN a name is that is nothing else. */
-static int resolve_cell(World *w, Name *n) {
-  for (size_t i = 0; i < w->tables.n; i++) {
-    const Table *t = &w->tables.at[i];
-    size_t length = strlen(t->name);
-    if (strncmp(n->text, t->name, length) || n->text[length] != '.') continue;
-    for (n->cell = 0; n->cell < t->columns.n && t->rows; n->cell++) {
-      size_t column = w->ids.at[t->columns.from + n->cell];
-      if (strcmp(w->names.at[column].text, n->text + length + 1)) continue;
-      n->table = i;
-      return 1;
-    }
-  }
-  return 0;
-}
-
-/* Checks that what a text refers to is there. */
-static void resolve_part(World *w, const Part *p, Place at) {
-  if (p->literal) return;
-  Name *n = &w->names.at[p->name];
-  if (p->article && n->say != NONE && !n->fix)
-    tbr_fail("%s:%zu: {a %s}: an article goes before a column or a @fix, not "
-             "before a @say", AT(at), n->text);
-  if (n->say == NONE && !n->column && !resolve_cell(w, n))
-    tbr_fail("%s:%zu: {%s} is no column, no @say and no TABLE.COLUMN", AT(at),
-             n->text);
-}
-
-/* Checks that a guard's words are known, and its values do occur. */
-static void check_guard(const World *w, const Line *line) {
-  for (size_t i = 0; i < line->guard.n; i++) {
-    const Condition *c = &w->conditions.at[line->guard.from + i];
-    const Name *n = &w->names.at[c->name];
-    if (!n->column && !n->fix && (!n->kind || c->value) && c->name != KIND)
-      tbr_fail("%s:%zu: the guard's %s is no %scolumn and no @fix",
-               AT(line->at), n->text,
-               c->value ? "" : "kind of @item, no ");
-    int found = !c->value || !*c->value || n->fix;
-    for (size_t k = 0; k < w->n_items && !found; k++) {
-      const char *v = w->values.at[k * w->names.n + c->name];
-      found = v && !strcmp(v, c->value);
-    }
-    if (!found)
-      tbr_fail("%s:%zu: no item has %s=%s", AT(line->at),
-               n->text, c->value);
-  }
-}
-
-/* Checks that what a line refers to is there. */
-static void resolve_line(World *w, const Section *s, const Line *line) {
-  check_guard(w, line);
-  if (s->is == MIX && w->names.at[line->say].say == NONE)
-    tbr_fail("%s:%zu: there is no @say %s", AT(line->at),
-             w->names.at[line->say].text);
-  for (size_t f = 0; f < line->fields.n; f++) {
-    const Name *n = &w->names.at[w->ids.at[line->fields.from + f]];
-    if (!n->column)
-      tbr_fail("%s:%zu: %s is no column", AT(line->at), n->text);
-  }
-  for (size_t v = 0; v < line->variants.n; v++) {
-    Range p = w->variants.at[line->variants.from + v];
-    for (size_t k = 0; k < p.n; k++)
-      resolve_part(w, &w->parts.at[p.from + k], line->at);
-  }
-}
-
-/* Checks that every name in the sections has one meaning. */
-static void resolve(World *w) {
-  for (size_t i = 0; i < w->names.n; i++) {
-    const Name *n = &w->names.at[i];
-    if (n->say != NONE && n->column)
-      tbr_fail("%s:%zu: %s is a column and can't be a @say as well",
-               AT(w->sections.at[n->say].at), n->text);
-    if (n->fix && n->say == NONE)
-      tbr_fail("%s: @fix %s, but there is no @say %s", w->path[1], n->text,
-               n->text);
-  }
-  for (size_t i = 0; i < w->sections.n; i++) {
-    const Section *s = &w->sections.at[i];
-    if (!s->lines.n) tbr_fail("%s:%zu: %s has no lines", AT(s->at), s->name);
-    for (size_t l = 0; l < s->lines.n; l++)
-      resolve_line(w, s, &w->lines.at[s->lines.from + l]);
-  }
-}
-
-/* Appends a row of values with a table's row laid over it, if they agree
- * where they have a column in common. */
-static void join_row(const World *w, const char **left, const Table *t,
-                     const char **cell, Strings *next) {
-  const size_t *column = &w->ids.at[t->columns.from];
-  for (size_t c = 0; c < t->columns.n; c++)
-    if (left[column[c]] && strcmp(left[column[c]], cell[c])) return;
-  next->at = mem_grow(next->at, &next->cap, next->n + w->names.n,
-                      sizeof *next->at);
-  memcpy(next->at + next->n, left, w->names.n * sizeof *left);
-  for (size_t c = 0; c < t->columns.n; c++)
-    next->at[next->n + column[c]] = cell[c];
-  next->n += w->names.n;
-}
-
-/* Appends the items of a kind: the natural join of its tables. */
-static void join(World *w, Kind *kind) {
-  size_t names = w->names.n, before = w->values.n;
-  Strings left = {mem_new(names, sizeof *left.at), names, names};
-  left.at[KIND] = w->names.at[kind->name].text;
-  for (size_t i = 0; i < kind->tables.n; i++) {
-    const Table *t = &w->tables.at[w->ids.at[kind->tables.from + i]];
-    Strings next = {0};
-    for (size_t at = 0; at < left.n; at += names)
-      for (size_t r = 0; r < t->rows; r++) {
-        join_row(w, left.at + at, t,
-                 &w->cells.at[t->cells + r * t->columns.n], &next);
-        if ((before + next.n) / names > MOST_ITEMS || next.n > 1 << 24)
-          tbr_fail("%s:%zu: more than %d items; do the tables have a column "
-                   "in common?", AT(kind->at), MOST_ITEMS);
-      }
-    free(left.at);
-    left = next;
-    if (!left.n)
-      tbr_fail("%s:%zu: no row of @table %s fits to those before it",
-               AT(kind->at), t->name);
-  }
-  for (size_t at = 0; at < left.n; at += names) {
-    const char *harm = left.at[at + HARM], *type = left.at[at + TYPE];
-    if (!harm || !type || !*type || (strcmp(harm, "0") && strcmp(harm, "1")))
-      tbr_fail("%s:%zu: an item of kind %s has no type, or no harm that is "
-               "0 or 1", AT(kind->at), left.at[at + KIND]);
-  }
-  w->values.at = mem_grow(w->values.at, &w->values.cap, before + left.n,
-                          sizeof *left.at);
-  memcpy(w->values.at + before, left.at, left.n * sizeof *left.at);
-  w->values.n += left.n;
-  kind->items = (Range){before / names, left.n / names};
-  w->n_items = w->values.n / names;
-  free(left.at);
-}
-
-/* ---- expanding ---- */
-
-/* An item while its texts are made. */
-typedef struct {
-  const World *w;
-  const char **value; /* of every name: the item's columns, and the fixes */
-  Buf *fixed;         /* the fixes' texts */
-  Rng rng;
-  int held;           /* whether NAME~held stands in for NAME */
-  int fixing;         /* a fix is being made, which keeps its = */
-  size_t expanded, nested;
-  unsigned char *seen; /* while checking: sections that were checked */
-} Use;
-
-/* What expands texts with random numbers from here on. */
-static Use use_new(const World *w, Rng rng) {
-  Use u = {.w = w, .rng = rng};
-  u.value = mem_new(w->names.n, sizeof *u.value);
-  u.fixed = mem_new(w->fixes.n, sizeof *u.fixed);
-  return u;
-}
-
-/* Frees what use_new made. */
-static void use_free(Use *u) {
-  for (size_t i = 0; i < u->w->fixes.n; i++) buf_free(&u->fixed[i]);
-  free(u->fixed);
-  free(u->value);
-}
-
-/* Whether a guard holds for values by name. */
-static int holds(const World *w, const char *const *value, Range guard) {
-  for (size_t i = guard.from; i < guard.from + guard.n; i++) {
-    const Condition *c = &w->conditions.at[i];
-    const char *v = value[c->name] ? value[c->name] : "";
-    int yes = c->value ? !strcmp(v, c->value)
-                       : (*v && strcmp(v, "0")) ||
-                             value[KIND] == w->names.at[c->name].text;
-    if (yes == c->not) return 0;
+/* Whether a guard holds for an item: whether each of its words does. */
+static int holds(const Row *item, const char *guard) {
+  for (; *guard; guard += strspn(guard, " ")) {
+    int negated = *guard == '!';
+    guard += negated;
+    size_t n = strcspn(guard, " "), name = strcspn(guard, " =");
+    const char *v = field(item, guard, name);
+    int yes = name < n ? is_name(v ? v : "", guard + name + 1, n - name - 1)
+                       : (v && *v && strcmp(v, "0")) ||
+                             is_name(item->at[1], guard, n);
+    if (yes == negated) return 0;
+    guard += n;
   }
   return 1;
 }
 
-/* The line that is drawn among those whose guard holds; NULL for none. */
-static const Line *draw_line(Use *u, const Section *s) {
-  size_t n = 0;
-  const Line *line = &u->w->lines.at[s->lines.from];
-  for (size_t l = 0; l < s->lines.n; l++)
-    n += (size_t)holds(u->w, u->value, line[l].guard);
-  if (!n) return NULL;
-  n = rng_below(&u->rng, n);
-  for (;; line++)
-    if (holds(u->w, u->value, line->guard) && !n--) return line;
+/* ---- reading ---- */
+
+static void row_add(Row *r, const char *s) {
+  r->at = mem_grow(r->at, &r->cap, r->n + 1, sizeof *r->at);
+  r->at[r->n++] = s;
 }
 
-/* Adds a value, of a cell one alternative, with its article if wanted. */
-static void put_value(Use *u, const char *v, int cell, int article, Buf *out) {
-  size_t n = strlen(v), alternatives = 1;
-  if (cell)
-    for (const char *s = v; (s = strstr(s, " / ")) != NULL; s += 3)
-      alternatives++;
-  if (alternatives > 1) {
-    for (size_t k = rng_below(&u->rng, alternatives); k; k--)
-      v = strstr(v, " / ") + 3;
-    const char *end = strstr(v, " / ");
-    n = end ? (size_t)(end - v) : strlen(v);
+static void section_add(Section *s, Row r) {
+  s->row = mem_grow(s->row, &s->cap, s->n + 1, sizeof r);
+  s->row[s->n++] = r;
+}
+
+/* Cuts text at every divider into strings of the row; blanks around them go,
+ * and blanks as dividers leave no empty ones. */
+static void split(Row *r, char *text, char divider) {
+  while (text) {
+    char *end = strchr(text, divider);
+    if (end) *end++ = 0;
+    text = trim(text);
+    if (*text || divider != ' ') row_add(r, text);
+    text = end;
   }
-  int bare = *v == '=';
-  if (bare && !(u->fixing && !out->n)) v++, n--;
+}
+
+/* Reads a row of the last section; in a table, the first cell with ; in it
+ * makes a row for each of its parts, and then the next such cell does. */
+static void read_row(World *w, Row at, const char *text) {
+  Section *s = &w->section[w->n - 1];
+  const char *part = s->is == TABLE ? strchr(text, ';') : NULL;
+  if (part) {
+    while (part > text && part[-1] != '|') part--;
+    const char *cell = part, *rest = part + strcspn(part, "|");
+    for (size_t n; part <= rest; part += n + 1) {
+      n = strcspn(part, ";|");
+      char *one = format_string("%.*s%.*s%s", (int)(cell - text), text,
+                                (int)n, part, rest);
+      read_row(w, at, one);
+      free(one);
+    }
+    return;
+  }
+  at.text = copy_string(text);
+  split(&at, at.text, '|');
+  if (at.n != (s->is == TABLE ? s->head.n - 2 : statement[s->is].cells))
+    fail_at(&at, "%zu cells don't fit to %s %s; this should be %s", at.n,
+            s->head.at[0], s->head.at[1], statement[s->is].form);
+  if (++w->rows > MOST_ROWS) fail_at(&at, "more than %d rows", MOST_ROWS);
+  for (size_t c = 0; s->is == TABLE && c < at.n; c++) {
+    if (!*at.at[c])
+      fail_at(&at, "nothing in a cell; an empty one is written -");
+    if (!strcmp(at.at[c], "-")) at.at[c] = "";
+  }
+  section_add(s, at);
+}
+
+/* Reads a line that begins with @. */
+static void read_statement(World *w, Row at, char *text) {
+  Section s = {.head = at};
+  char *row = strchr(text, '|');
+  if (row) *row++ = 0;
+  s.head.text = copy_string(text);
+  split(&s.head, s.head.text, ' ');
+  while (s.is < STATEMENTS && strcmp(s.head.at[0], statement[s.is].word))
+    s.is++;
+  if (s.is == STATEMENTS)
+    fail_at(&at, "%s is unknown; known are @table, @item, @fix, @say, @mix, "
+            "@novel, @hold", s.head.at[0]);
+  if (s.head.n < statement[s.is].least || s.head.n > statement[s.is].most ||
+      (row != NULL) != (s.is >= NOVEL) ||
+      (s.is == ITEM && strcmp(s.head.at[3], "=")))
+    fail_at(&at, "this should be %s", statement[s.is].form);
+  const char *name = s.head.at[1];
+  if (s.is <= ITEM && find(w, s.is, name, strlen(name)))
+    fail_at(&at, "%s %s is there twice", s.head.at[0], name);
+  w->section = mem_grow(w->section, &w->cap, w->n + 1, sizeof s);
+  w->section[w->n++] = s;
+  if (row) read_row(w, at, row);
+}
+
+/* Reads one of the two files. */
+static void read_world_file(World *w, const char *path) {
+  size_t n;
+  char *text = read_file(path, &n), *next = text;
+  Row at = {.path = path};
+  if (strlen(text) != n) tbr_fail("%s: has a zero byte in it", path);
+  while (next) {
+    char *line = next;
+    next = strchr(line, '\n');
+    if (next) *next++ = 0;
+    at.line++;
+    line = trim(line);
+    if (strlen(line) > MOST_LINE)
+      fail_at(&at, "a line of more than %d bytes", MOST_LINE);
+    if (*line == '@') {
+      read_statement(w, at, line);
+    } else if (*line && *line != '#') {
+      if (!w->n || w->section[w->n - 1].is > MIX)
+        fail_at(&at, "a row outside of @table, @say and @mix");
+      read_row(w, at, line);
+    }
+  }
+  free(text);
+}
+
+/* ---- joining tables to items ---- */
+
+/* A whole number in a row, up to most. */
+static size_t number(const Row *r, const char *s, unsigned long most) {
+  size_t n = strspn(s, "0123456789");
+  unsigned long x = strtoul(s, NULL, 10);
+  if (!n || s[n] || x > most)
+    fail_at(r, "\"%s\" should be a whole number up to %lu", s, most);
+  return x;
+}
+
+/* Lays every row of a kind's tables from number t on over the fields of r
+ * that agree with them, and adds what comes out as items. */
+static void join(World *w, const Row *kind, size_t t, Row *r) {
+  if (t == kind->n) {
+    const char *harm = field(r, "harm", 4), *type = field(r, "type", 4);
+    if (!harm || !type || !*type || (strcmp(harm, "0") && strcmp(harm, "1")))
+      fail_at(kind, "an item of kind %s has no type, or no harm that is 0 or "
+              "1", kind->at[1]);
+    Row item = {.path = kind->path, .line = kind->line};
+    for (size_t i = 0; i < r->n; i++) row_add(&item, r->at[i]);
+    section_add(&w->items, item);
+    return;
+  }
+  const Section *table = find(w, TABLE, kind->at[t], strlen(kind->at[t]));
+  if (!table) fail_at(kind, "there is no @table %s", kind->at[t]);
+  for (size_t i = 0; i < table->n; i++) {
+    const Row *row = &table->row[i];
+    size_t c = 0, n = r->n;
+    if (++w->pairs > MOST_PAIRS || w->items.n > MOST_ROWS)
+      fail_at(kind, "more than %d items; do the tables have a column in "
+              "common?", MOST_ROWS);
+    for (; c < row->n; c++) {
+      const char *name = table->head.at[c + 2];
+      const char *have = field(r, name, strlen(name));
+      if (have && strcmp(have, row->at[c])) break;
+      if (!have) row_add(r, name), row_add(r, row->at[c]);
+    }
+    if (c == row->n) join(w, kind, t + 1, r);
+    r->n = n;
+  }
+}
+
+/* ---- expanding ---- */
+
+/* Forgets the item in hand, and frees the texts of its fixes. */
+static void item_clear(World *w) {
+  for (size_t i = w->of_item + 1; i < w->fields.n; i += 2)
+    free((char *)w->fields.at[i]);
+  w->fields.n = w->of_item = w->expanded = w->nested = 0;
+}
+
+/* Draws one of the alternatives that " / " divides; *n becomes its length. */
+static const char *alternative(Rng *rng, const char *text, size_t *n) {
+  size_t count = 1;
+  for (const char *s = text; (s = strstr(s, " / ")) != NULL; s += 3) count++;
+  for (size_t k = count > 1 ? rng_below(rng, count) : 0; k; k--)
+    text = strstr(text, " / ") + 3;
+  const char *end = strstr(text, " / ");
+  *n = end ? (size_t)(end - text) : strlen(text);
+  if (*n == 1 && *text == '-') *n = 0;
+  return text;
+}
+
+/* A cell of the named TABLE.COLUMN, of any row; NULL if there is none. */
+static const char *any_cell(World *w, const char *name, size_t n) {
+  size_t dot = strcspn(name, ".}");
+  const Section *t = find(w, TABLE, name, dot);
+  for (size_t c = 2; t && t->n && dot < n && c < t->head.n; c++)
+    if (is_name(t->head.at[c], name + dot + 1, n - dot - 1))
+      return t->row[rng_below(&w->rng, t->n)].at[c - 2];
+  return NULL;
+}
+
+static void put_say(World *w, Section *say, Buf *out);
+
+/* Adds what the n bytes within { and } stand for. */
+static void put_name(World *w, const Row *line, const char *name, size_t n,
+                     Buf *out) {
+  int article = n > 2 && !strncmp(name, "a ", 2);
+  if (article) name += 2, n -= 2;
+  const char *v = field(&w->fields, name, n);
+  Section *say = v || article ? NULL : find(w, SAY, name, n);
+  if (say) {
+    put_say(w, say, out);
+    return;
+  }
+  if (!v) v = any_cell(w, name, n);
+  if (!v)
+    fail_at(line, "{%.*s} is no column that an item of kind %s has, no "
+            "TABLE.COLUMN, and no @say without an article", (int)n, name,
+            w->fields.at[1]);
+  v = alternative(&w->rng, v, &n);
+  int bare = n && *v == '=';
+  if (bare && !(w->fixing && !out->n)) v++, n--;
   if (article && !bare && n)
     buf_str(out, strchr("aeiouAEIOU", *v) ? "an " : "a ");
   buf_add(out, v, n);
 }
 
-static void put_say(Use *u, size_t section, Buf *out);
-
-/* Adds what a {reference} stands for. */
-static void put_name(Use *u, const Part *p, Place at, Buf *out) {
-  const World *w = u->w;
-  const Name *name = &w->names.at[p->name];
-  if (u->value[p->name]) {
-    put_value(u, u->value[p->name], !name->fix, p->article, out);
-  } else if (name->say != NONE) {
-    put_say(u, u->held && name->held != NONE ? name->held : name->say, out);
-  } else if (name->table != NONE) {
-    const Table *t = &w->tables.at[name->table];
-    size_t row = rng_below(&u->rng, t->rows);
-    put_value(u, w->cells.at[t->cells + row * t->columns.n + name->cell], 1,
-              p->article, out);
-  } else {
-    tbr_fail("%s:%zu: {%s}: an item of kind %s has no such column; a guard "
-             "should keep it out", AT(at), name->text, u->value[KIND]);
+/* Adds n bytes of a line's text, with its {names} replaced. */
+static void put_text(World *w, const Row *line, const char *text, size_t n,
+                     Buf *out) {
+  const char *end = text + n;
+  while (n = strcspn(text, "{}"), n < (size_t)(end - text)) {
+    buf_add(out, text, n);
+    text += n;
+    n = strcspn(text + 1, "{}");
+    if (*text == '}' || text[n + 1] != '}' || out->n > MOST_TEXT)
+      fail_at(line, "{ and } should stand in pairs, in a text of less than "
+              "%d bytes", MOST_TEXT);
+    put_name(w, line, text + 1, n, out);
+    text += n + 2;
   }
+  buf_add(out, text, (size_t)(end - text));
 }
 
 /* Adds the expansion of a say, nothing if no guard holds. */
-static void put_say(Use *u, size_t section, Buf *out) {
-  const World *w = u->w;
-  const Section *s = &w->sections.at[section];
-  const Line *line = draw_line(u, s);
-  if (++u->expanded > MOST_EXPANDED || ++u->nested > MOST_NESTED ||
-      out->n > MOST_TEXT)
-    tbr_fail("%s:%zu: @say %s: says stand too deep in one another, or make "
-             "too long a text", AT(s->at), s->name);
-  if (line) {
-    Range parts = w->variants.at[line->variants.from +
-                                 rng_below(&u->rng, line->variants.n)];
-    for (size_t i = parts.from; i < parts.from + parts.n; i++) {
-      const Part *p = &w->parts.at[i];
-      if (p->literal) buf_str(out, p->literal);
-      else put_name(u, p, line->at, out);
-    }
+static void put_say(World *w, Section *say, Buf *out) {
+  Row *line = say->row;
+  size_t n, holding = 0;
+  if (++w->expanded > MOST_EXPANDED || ++w->nested > MOST_NESTED)
+    fail_at(&say->head, "@say %s contains itself, or says stand too deep in "
+            "one another", say->head.at[1]);
+  say->head.used = 1;
+  for (size_t l = 0; l < say->n; l++)
+    if (holds(&w->fields, line[l].at[0])) line[l].used = 1, holding++;
+  for (n = holding ? rng_below(&w->rng, holding) + 1 : 0; n; line++) {
+    if (!holds(&w->fields, line->at[0]) || --n) continue;
+    size_t length;
+    const char *text = alternative(&w->rng, line->at[1], &length);
+    put_text(w, line, text, length, out);
   }
-  u->nested--;
+  w->nested--;
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
  * stop, capitals after one. */
 static void tidy(char *s) {
   char *to = s;
-  int blank = 0;
   for (const char *c = s; *c; c++) {
-    if (*c == ' ' || *c == '\t') {
-      blank = to > s;
-      continue;
-    }
-    if (blank && !strchr(".,?", *c)) *to++ = ' ';
-    blank = 0;
-    int first = to == s || (to[-1] == ' ' && to > s + 1 &&
-                            strchr(".?!", to[-2]));
+    if (*c == ' ') continue;
+    if (to > s && c[-1] == ' ' && !strchr(".,?", *c)) *to++ = ' ';
+    int first = to == s || (to[-1] == ' ' && strchr(".?!", to[-2]));
     *to++ = first && *c >= 'a' && *c <= 'z' ? (char)(*c - 'a' + 'A') : *c;
   }
   *to = 0;
 }
 
-/* The text of a say, in fresh memory. */
-static char *render(Use *u, size_t section) {
+/* The text of a say that the program asks for, which should not be empty. */
+static char *render(World *w, const char *name) {
+  Section *say = needed(w, SAY, name);
   Buf b = {0};
   buf_str(&b, "");
-  put_say(u, section, &b);
+  put_say(w, say, &b);
   tidy(b.s);
+  if (!*b.s)
+    fail_at(&say->head, "@say %s is empty for an item of kind %s and type "
+            "%s: a line should hold for it", name, w->fields.at[1],
+            field(&w->fields, "type", 4));
   return b.s;
 }
 
-/* Checks everything that a say could come to for this item: that no line
- * names what the item doesn't have, that no say contains itself, and that
- * held wordings are complete. */
-static void check_say(Use *u, size_t section, size_t held, int nested) {
-  enum { NEW, OPEN, DONE };
-  const World *w = u->w;
-  const Section *s = &w->sections.at[section];
-  int any = 0;
-  if (u->seen[section] == DONE) return;
-  if (u->seen[section] == OPEN || nested > MOST_NESTED)
-    tbr_fail("%s:%zu: @say %s contains itself, or says stand more than %d "
-             "deep in one another", AT(s->at), s->name, MOST_NESTED);
-  u->seen[section] = OPEN;
-  for (size_t l = s->lines.from; l < s->lines.from + s->lines.n; l++) {
-    const Line *line = &w->lines.at[l];
-    if (!holds(w, u->value, line->guard)) continue;
-    any = 1;
-    for (size_t v = 0; v < line->variants.n; v++) {
-      Range parts = w->variants.at[line->variants.from + v];
-      for (size_t i = parts.from; i < parts.from + parts.n; i++) {
-        const Part *p = &w->parts.at[i];
-        if (p->literal || u->value[p->name]) continue;
-        const Name *name = &w->names.at[p->name];
-        if (name->say != NONE)
-          check_say(u, name->say, name->held, nested + 1);
-        else if (name->table == NONE)
-          tbr_fail("%s:%zu: {%s}: an item of kind %s has no such column; a "
-                   "guard should keep it out", AT(line->at), name->text,
-                   u->value[KIND]);
-      }
+/* Takes up an item: its fields, then the fixes, drawn once. */
+static void use_item(World *w, size_t item) {
+  item_clear(w);
+  for (size_t i = 0; i < w->items.row[item].n; i++)
+    row_add(&w->fields, w->items.row[item].at[i]);
+  w->of_item = w->fields.n;
+  for (const Section *s = w->section; s < w->section + w->n; s++)
+    for (size_t i = 1; s->is == FIX && i < s->head.n; i++) {
+      Buf b = {0};
+      buf_str(&b, "");
+      w->fixing = 1;
+      put_say(w, needed(w, SAY, s->head.at[i]), &b);
+      w->fixing = 0;
+      row_add(&w->fields, s->head.at[i]);
+      row_add(&w->fields, b.s);
     }
-  }
-  u->seen[section] = DONE;
-  if (held == NONE) return;
-  if (any && !draw_line(u, &w->sections.at[held]))
-    tbr_fail("%s:%zu: no line of @say %s holds for an item of kind %s and "
-             "type %s, but one of @say %s does", AT(w->sections.at[held].at),
-             w->sections.at[held].name, u->value[KIND], u->value[TYPE],
-             s->name);
-  check_say(u, held, NONE, nested);
-}
-
-/* Takes up an item: its values, then the fixes, drawn once. */
-static void use_item(Use *u, size_t item) {
-  const World *w = u->w;
-  u->expanded = u->nested = 0;
-  memcpy(u->value, w->values.at + item * w->names.n,
-         w->names.n * sizeof *u->value);
-  for (size_t i = 0; i < w->fixes.n; i++) {
-    const Name *fix = &w->names.at[w->fixes.at[i]];
-    if (u->seen) {
-      memset(u->seen, 0, w->sections.n);
-      check_say(u, fix->say, fix->held, 0);
-    }
-    buf_clear(&u->fixed[i]);
-    buf_str(&u->fixed[i], "");
-    u->fixing = 1;
-    put_say(u, fix->say, &u->fixed[i]);
-    u->fixing = 0;
-    u->value[w->fixes.at[i]] = u->fixed[i].s;
-  }
-  if (u->seen) memset(u->seen, 0, w->sections.n);
 }
 
 /* ---- rows ---- */
 
-/* The section of a say or mix that the program itself asks for. */
-static size_t needed(const World *w, int is, const char *name) {
-  size_t s = section_find(w, is, name);
-  if (s == NONE)
-    tbr_fail("%s: there is no @%s %s, which the data set is made of",
-             w->path[1], is == SAY ? "say" : "mix", name);
-  return s;
-}
-
 /* The label of an item. */
-static const char *class_of(const char *const *value) {
-  if (!strcmp(value[HARM], "1")) return "harmful";
-  return strcmp(value[TYPE], "general") ? "pseudo-harmful" : "harmless";
-}
-
-/* The text of one of the says that the program knows, not empty. */
-static char *render_known(Use *u, const char *say) {
-  size_t s = needed(u->w, SAY, say);
-  if (u->seen)
-    check_say(u, s, u->w->names.at[name_find(u->w, say)].held, 0);
-  char *text = render(u, s);
-  if (!*text && strcmp(say, "key"))
-    tbr_fail("%s:%zu: @say %s is empty for an item of kind %s and type %s: "
-             "a line should hold for it", AT(u->w->sections.at[s].at), say,
-             u->value[KIND], u->value[TYPE]);
-  return text;
+static const char *class_of(const Row *item) {
+  if (!strcmp(field(item, "harm", 4), "1")) return "harmful";
+  return strcmp(field(item, "type", 4), "general") ? "pseudo-harmful"
+                                                : "harmless";
 }
 
 /* Lowers capitals, in place. */
@@ -3295,68 +2710,72 @@ static char *lower_case(char *s) {
 
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
-static TbrExample make_row(Use *u, size_t item) {
+static TbrExample make_row(World *w, size_t item) {
   TbrExample e = {0};
-  use_item(u, item);
-  int harmful = !strcmp(u->value[HARM], "1");
-  e.prompt = render_known(u, "prompt");
-  e.reflection = render_known(u, "reflect");
-  e.response = render_known(u, harmful ? "refuse" : "answer");
-  e.filler = render_known(u, "filler");
-  e.label_only = render_known(u, "label");
-  e.label = copy_string(class_of(u->value));
-  e.type = copy_string(u->value[TYPE]);
-  e.source = copy_string(u->w->mark[item] & NOVEL ? "world-novel" : "world");
-  e.id = format_string("%s-%zu", u->value[KIND], item);
+  use_item(w, item);
+  e.label = copy_string(class_of(&w->fields));
+  int harmful = !strcmp(e.label, "harmful");
+  e.prompt = render(w, "prompt");
+  e.reflection = render(w, "reflect");
+  e.response = render(w, harmful ? "refuse" : "answer");
+  e.filler = render(w, "filler");
+  e.label_only = render(w, "label");
+  e.type = copy_string(field(&w->fields, "type", 4));
+  e.source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
+  e.id = format_string("%s-%zu", w->fields.at[1], item);
   if (harmful) return e;
-  e.key = lower_case(render_known(u, "key"));
+  e.key = lower_case(render(w, "key"));
   char *response = lower_case(copy_string(e.response));
-  if (!*e.key || !strstr(response, e.key))
-    tbr_fail("%s: an item of kind %s and type %s has the answer \"%.80s\", "
-             "which should contain its key \"%.80s\"; what is drawn in both "
-             "should be a @fix", u->w->path[1], u->value[KIND],
-             u->value[TYPE], response, e.key);
+  if (!strstr(response, e.key))
+    fail_at(&needed(w, SAY, "key")->head, "the answer \"%.80s\" should "
+            "contain its key \"%.80s\"; what is drawn in both should be a "
+            "@fix", response, e.key);
   free(response);
   return e;
 }
 
-/* Tries every item once, so that no error is left for later. */
-static void check_items(const World *w) {
-  Use u = use_new(w, rng_stream(0, FOR_WORLD, 0));
-  TbrExamples tried = {0};
-  static const char *const mixes[] = {"pretrain", "general", "safety"};
-  static const char *const class[] = {NULL, "harmless", "harmful"};
-  u.seen = mem_new(w->sections.n, 1);
-  for (size_t i = 0; i < w->n_items; i++) {
-    examples_take(&tried, make_row(&u, i));
-    free(render_known(&u, "ask"));
-    for (size_t m = 0; m < 3; m++) {
-      Range lines = w->sections.at[needed(w, MIX, mixes[m])].lines;
-      for (size_t l = lines.from; l < lines.from + lines.n; l++) {
-        const Line *line = &w->lines.at[l];
-        if (!holds(w, w->values.at + i * w->names.n, line->guard)) continue;
-        const Name *say = &w->names.at[line->say];
-        check_say(&u, say->say, say->held, 0);
-        if (class[m] && strcmp(class_of(u.value), class[m]))
-          tbr_fail("%s:%zu: @mix %s would have a %s item of kind %s; it "
-                   "should have %s ones alone", AT(line->at),
-                   mixes[m], class_of(u.value), u.value[KIND], class[m]);
-      }
-    }
+/* Tries every item once with everything that it is used for, so that hardly
+ * an error in the files is left for later. */
+static void try_items(World *w) {
+  const Section *end = w->section + w->n, *s;
+  for (size_t i = 0; i < w->items.n; i++) {
+    TbrExample e = make_row(w, i);
+    example_free(&e);
+    free(render(w, "ask"));
+    for (s = w->section; s < end; s++)
+      for (size_t l = 0; s->is == MIX && l < s->n; l++)
+        if (holds(&w->items.row[i], s->row[l].at[1]))
+          free(render(w, s->row[l].at[2]));
   }
-  free(u.seen);
-  use_free(&u);
-  tbr_examples_free(&tried);
+  for (s = w->section; s < end; s++)
+    for (size_t l = 0; s->head.used && l < s->n; l++)
+      if (!s->row[l].used)
+        fail_at(&s->row[l], "the guard holds for no item; is a kind, a "
+                "column or a value in it misspelled?");
 }
 
-/* Frees a world. */
+static void section_free(Section *s) {
+  for (size_t i = 0; i < s->n; i++) {
+    free(s->row[i].text);
+    free((void *)s->row[i].at);
+  }
+  free(s->row);
+  free(s->head.text);
+  free((void *)s->head.at);
+}
+
 static void world_free(World *w) {
-  void *owned[] = {w->path[0], w->path[1], w->text[0], w->text[1],
-                   w->names.at, w->tables.at, (void *)w->cells.at, w->kinds.at,
-                   w->ids.at, w->fixes.at, w->conditions.at, w->parts.at,
-                   w->variants.at, w->lines.at, w->sections.at,
-                   (void *)w->values.at, w->mark, w};
-  for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+  for (size_t i = 0; i < w->n; i++) section_free(&w->section[i]);
+  section_free(&w->items);
+  buf_free(&w->documents);
+  buf_free(&w->tuning);
+  item_clear(w);
+  free((void *)w->fields.at);
+  for (size_t i = 0; i < 2; i++) free(w->path[i]);
+  free(w->section);
+  free(w->draw);
+  free(w->mark);
+  free(w);
 }
 
 /* Reads a world from its directory and checks all of it. */
@@ -3364,16 +2783,23 @@ static World *world_load(const char *directory) {
   World *w = mem_new(1, sizeof *w);
   w->path[0] = format_string("%s/lexicon.txt", directory);
   w->path[1] = format_string("%s/templates.txt", directory);
-  name_of(w, "kind");
-  name_of(w, "harm");
-  name_of(w, "type");
-  read_world_file(w, 0);
-  read_world_file(w, 1);
-  if (!w->kinds.n) tbr_fail("%s: there is no @item", w->path[1]);
-  for (size_t k = 0; k < w->kinds.n; k++) join(w, &w->kinds.at[k]);
-  resolve(w);
-  w->mark = mem_new(w->n_items, 1);
-  check_items(w);
+  for (size_t i = 0; i < 2; i++) read_world_file(w, w->path[i]);
+  for (const Section *s = w->section; s < w->section + w->n; s++) {
+    size_t before = w->items.n;
+    if (s->is != ITEM) continue;
+    item_clear(w);
+    row_add(&w->fields, "kind");
+    row_add(&w->fields, s->head.at[1]);
+    w->of_item = 2;
+    join(w, &s->head, 4, &w->fields);
+    if (w->items.n == before)
+      fail_at(&s->head, "no rows of these tables fit to one another");
+  }
+  if (!w->items.n) tbr_fail("%s: there is no @item", w->path[1]);
+  w->mark = mem_new(w->items.n, 1);
+  buf_str(&w->documents, "");
+  buf_str(&w->tuning, "");
+  try_items(w);
   return w;
 }
 
@@ -3382,317 +2808,191 @@ static World *world_load(const char *directory) {
 enum { DRAW_SPLIT = 1, DRAW_PRETRAINING, DRAW_GENERAL, DRAW_SAFETY,
        DRAW_TESTS };
 
-/* What each item is under a rule: a hash of its fields, 0 if the rule isn't
- * about it. Without fields every item is one by itself. */
-static uint64_t *rule_keys(const World *w, const Line *rule) {
-  uint64_t *key = mem_new(w->n_items, sizeof *key);
-  for (size_t i = 0; i < w->n_items; i++) {
-    const char *const *value = w->values.at + i * w->names.n;
-    if (!holds(w, value, rule->guard)) continue;
-    key[i] = rule->fields.n ? HASH_START : i + 1;
-    for (size_t f = 0; f < rule->fields.n; f++) {
-      const char *v = value[w->ids.at[rule->fields.from + f]];
-      key[i] = v ? hash_bytes(key[i], v, strlen(v) + 1) : key[i] + 1;
-    }
+/* What an item is under a rule: a hash of the fields that the rule names (of
+ * the item's number for *), or 0 if the guard doesn't hold. */
+static uint64_t combination(const World *w, const Row *rule, size_t item) {
+  uint64_t hash = HASH_START;
+  if (!holds(&w->items.row[item], rule->at[0])) return 0;
+  const char *f = rule->at[1];
+  for (size_t n; *f; f += n, f += strspn(f, " ")) {
+    n = strcspn(f, " ");
+    const char *v = field(&w->items.row[item], f, n);
+    if (*f == '*') hash = hash_bytes(hash, &item, sizeof item);
+    else if (v) hash = hash_bytes(hash, v, strlen(v) + 1);
+    else fail_at(rule, "an item of this guard has no %.*s", (int)n, f);
   }
-  return key;
+  return hash;
 }
 
 /* Marks the items of the share of combinations that a rule draws. */
-static void apply_rule(World *w, const Line *rule, int mark, Rng *rng) {
-  uint64_t *key = rule_keys(w, rule);
-  Indices first = {0}; /* item of each combination */
-  for (size_t i = 0; i < w->n_items; i++) {
-    size_t k = 0;
-    while (k < first.n && key[first.at[k]] != key[i]) k++;
-    if (key[i] && k == first.n) MORE(first) = i;
+static void apply_rule(World *w, const Section *rule) {
+  uint64_t *key = mem_raw(w->items.n, sizeof *key);
+  size_t *first = mem_raw(w->items.n, sizeof *first); /* of a combination */
+  size_t *order = mem_raw(w->items.n, sizeof *order), n = 0, k;
+  for (size_t i = 0; i < w->items.n; i++) {
+    key[i] = combination(w, rule->row, i);
+    for (k = 0; k < n && key[first[k]] != key[i];) k++;
+    if (key[i] && k == n) first[n++] = i;
   }
-  size_t *order = mem_raw(first.n, sizeof *order);
-  shuffle(order, first.n, rng);
-  for (size_t k = 0; k < (first.n * rule->number + 50) / 100; k++)
-    for (size_t i = 0; i < w->n_items; i++)
-      if (key[i] == key[first.at[order[k]]])
-        w->mark[i] |= (unsigned char)mark;
+  if (!n) fail_at(rule->row, "this guard holds for no item");
+  shuffle(order, n, &w->rng);
+  size_t share = (n * number(rule->row, rule->head.at[1], 100) + 50) / 100;
+  for (k = 0; k < share; k++)
+    for (size_t i = 0; i < w->items.n; i++)
+      if (key[i] == key[first[order[k]]])
+        w->mark[i] |= rule->is == NOVEL ? IS_NOVEL : IS_HELD;
   free(order);
-  free(first.at);
+  free(first);
   free(key);
 }
 
-/* Draws anew what is kept out of pretraining and out of fine-tuning. */
-static void world_split(World *w, uint64_t seed) {
-  Rng rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
-  memset(w->mark, 0, w->n_items);
-  for (size_t s = 0; s < w->sections.n; s++) {
-    const Section *r = &w->sections.at[s];
-    if (r->is == RULE)
-      apply_rule(w, &w->lines.at[r->lines.from],
-                 strcmp(r->name, "novel") ? HELD : NOVEL, &rng);
-  }
-}
-
-/* A mix made ready: of each line and kind the items that may be drawn. */
-typedef struct {
-  const World *w;
-  const Line *line;
-  size_t n, weight;
-  Range *pool; /* of line l and kind k: pool[l * kinds + k], within items */
-  Indices items;
-} Mix;
-
 /* Opens a mix; items with the mark `without` are left out. */
-static Mix mix_open(const World *w, const char *name, int without) {
-  const Section *s = &w->sections.at[needed(w, MIX, name)];
-  Mix m = {w, &w->lines.at[s->lines.from], s->lines.n, 0, NULL, {0}};
-  m.pool = mem_new(m.n * w->kinds.n, sizeof *m.pool);
-  for (size_t l = 0; l < m.n; l++) {
-    size_t drawable = 0;
-    for (size_t k = 0; k < w->kinds.n; k++) {
-      const Kind *kind = &w->kinds.at[k];
-      Range *pool = &m.pool[l * w->kinds.n + k];
-      pool->from = m.items.n;
-      for (size_t i = kind->items.from; i < kind->items.from + kind->items.n;
-           i++)
-        if (!(w->mark[i] & without) &&
-            holds(w, w->values.at + i * w->names.n, m.line[l].guard))
-          MORE(m.items) = i;
-      pool->n = m.items.n - pool->from;
-      if (pool->n) drawable += kind->weight;
+static void mix_open(World *w, const char *name, int without) {
+  const Section *mix = needed(w, MIX, name), *s;
+  double upto = 0;
+  w->draws = 0;
+  for (const Row *line = mix->row; line < mix->row + mix->n; line++) {
+    double share = (double)number(line, line->at[0], 10000), all = 0;
+    size_t from = w->draws;
+    for (s = w->section; s < w->section + w->n; s++) {
+      size_t n = w->draws;
+      for (size_t i = 0; s->is == ITEM && i < w->items.n; i++) {
+        if (w->items.row[i].at[1] != s->head.at[1] || w->mark[i] & without ||
+            !holds(&w->items.row[i], line->at[1]))
+          continue;
+        w->draw = mem_grow(w->draw, &w->draw_cap, w->draws + 1, sizeof(Draw));
+        w->draw[w->draws++] = (Draw){line, i, 0};
+      }
+      if (n == w->draws) continue;
+      double kind = (double)number(&s->head, s->head.at[2], 10000);
+      all += kind;
+      for (size_t k = n; k < w->draws; k++)
+        w->draw[k].upto = kind / (double)(w->draws - n);
     }
-    if (!drawable)
-      tbr_fail("%s:%zu: no item is left for this guard", AT(m.line[l].at));
-    m.weight += m.line[l].number;
+    if (all <= 0) fail_at(line, "no item is left for this guard");
+    for (size_t k = from; k < w->draws; k++)
+      w->draw[k].upto = upto += w->draw[k].upto / all * share;
   }
-  if (!m.weight) tbr_fail("%s:%zu: all weights are 0", AT(s->at));
-  return m;
+  if (upto <= 0) fail_at(&mix->head, "all weights are 0");
 }
 
-/* Frees what mix_open made. */
-static void mix_free(Mix *m) {
-  free(m->pool);
-  free(m->items.at);
+/* Draws from the mix that is open. */
+static const Draw *mix_draw(World *w) {
+  const Draw *d = w->draw, *last = d + w->draws - 1;
+  double x = rng_uniform(&w->rng) * last->upto;
+  while (d < last && d->upto <= x) d++;
+  return d;
 }
 
-/* Draws a line by its weight, a kind by its weight among those that the
- * line may have, and an item of that kind. */
-static size_t mix_draw(const Mix *m, Rng *rng, const Line **line) {
-  size_t l = 0, at = rng_below(rng, m->weight), kinds = m->w->kinds.n, k;
-  for (; at >= m->line[l].number; l++) at -= m->line[l].number;
-  const Range *pool = m->pool + l * kinds;
-  size_t weight = 0;
-  for (k = 0; k < kinds; k++)
-    if (pool[k].n) weight += m->w->kinds.at[k].weight;
-  at = rng_below(rng, weight);
-  for (k = 0;; k++) {
-    size_t own = pool[k].n ? m->w->kinds.at[k].weight : 0;
-    if (at < own) break;
-    at -= own;
-  }
-  *line = &m->line[l];
-  return m->items.at[pool[k].from + rng_below(rng, pool[k].n)];
-}
-
-/* Documents for pretraining, one a line. */
-static Buf make_documents(World *w, uint64_t seed, size_t n) {
-  Mix mix = mix_open(w, "pretrain", NOVEL);
-  Use u = use_new(w, rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING));
-  Buf text = {0};
-  buf_str(&text, "");
+/* Makes n documents for pretraining, one a line. */
+static void make_documents(World *w, uint64_t seed, size_t n) {
+  mix_open(w, "pretrain", IS_NOVEL);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING);
   for (size_t i = 0; i < n; i++) {
-    const Line *line;
-    size_t item = mix_draw(&mix, &u.rng, &line);
-    use_item(&u, item);
-    w->mark[item] |= PRETRAINED;
-    char *document = render(&u, w->names.at[line->say].say);
-    buf_str(&text, document);
-    buf_char(&text, '\n');
+    const Draw *d = mix_draw(w);
+    use_item(w, d->item);
+    w->mark[d->item] |= PRETRAINED;
+    char *document = render(w, d->line->at[2]);
+    buf_printf(&w->documents, "%s\n", document);
     free(document);
   }
-  use_free(&u);
-  mix_free(&mix);
-  return text;
 }
 
-/* Adds the row of an item, unless its prompt is there already. */
-static void add_row(Use *u, size_t item, TbrExamples *rows) {
-  TbrExample e = make_row(u, item);
-  size_t i = 0;
-  while (i < rows->n && strcmp(rows->row[i].prompt, e.prompt)) i++;
-  if (i < rows->n) example_free(&e);
+/* Adds the row of an item, unless its prompt is there already (then 0). */
+static int add_row(World *w, size_t item, TbrExamples *rows) {
+  TbrExample e = make_row(w, item);
+  size_t i = 0, n = rows->n;
+  while (i < n && strcmp(rows->row[i].prompt, e.prompt)) i++;
+  if (i < n) example_free(&e);
   else examples_take(rows, e);
+  return i == n;
 }
 
-/* n rows for fine-tuning; held gets the same, with the reflections in the
- * wording that pretraining doesn't have. */
-static TbrExamples make_rows(World *w, Rng rng, const char *name, size_t n,
-                             TbrExamples *held) {
-  Mix mix = mix_open(w, name, HELD);
-  Use u = use_new(w, rng);
+/* Makes n rows of a class for fine-tuning. */
+static TbrExamples make_rows(World *w, const char *name, const char *class,
+                             size_t n) {
+  mix_open(w, name, IS_HELD);
   TbrExamples rows = {0};
   for (size_t tries = 0; rows.n < n; tries++) {
-    const Line *line;
-    size_t item = mix_draw(&mix, &u.rng, &line), before = rows.n;
+    const Draw *d = mix_draw(w);
+    const char *own = class_of(&w->items.row[d->item]);
+    if (strcmp(own, class))
+      fail_at(d->line, "a %s item; in @mix %s all should be %s", own, name,
+              class);
     if (tries > 100 * n + 1000)
-      tbr_fail("%s: @mix %s gave no more than %zu different prompts; %zu are "
-               "asked for", w->path[1], name, rows.n, n);
-    add_row(&u, item, &rows);
-    if (rows.n == before) continue;
-    w->mark[item] |= TUNED;
-    tbr_examples_add(held, rows.row[before]);
-    free(held->row[before].reflection);
-    u.held = 1;
-    held->row[before].reflection = render_known(&u, "reflect");
-    u.held = 0;
+      fail_at(d->line, "@mix %s gave no more than %zu different prompts; %zu "
+              "are asked for", name, rows.n, n);
+    if (!add_row(w, d->item, &rows)) continue;
+    w->mark[d->item] |= TUNED;
+    buf_printf(&w->tuning, "%s\n%s\n", rows.row[rows.n - 1].prompt,
+               rows.row[rows.n - 1].reflection);
   }
-  use_free(&u);
-  mix_free(&mix);
   return rows;
 }
 
-/* The items that may be asked about in tests: of a class, of the first type
- * (in the alphabet) after *type, which is updated. Those that fine-tuning
- * may have are left out, so of pseudo-harmful ones none. */
-static Indices test_items(const World *w, const char *class,
-                          const char **type) {
-  Indices items = {0};
-  const char *first = NULL;
-  for (size_t i = 0; i < w->n_items; i++) {
-    const char *const *value = w->values.at + i * w->names.n;
-    if (strcmp(class_of(value), class) ||
-        (!(w->mark[i] & HELD) && strcmp(class, "pseudo-harmful")) ||
-        (*type && strcmp(value[TYPE], *type) <= 0))
-      continue;
-    if (!first || strcmp(value[TYPE], first) < 0) {
-      first = value[TYPE];
-      items.n = 0;
-    }
-    if (!strcmp(value[TYPE], first)) MORE(items) = i;
+/* Whether a rule of this sort holds an item apart from all that are marked:
+ * none of those is the same combination. */
+static int is_apart(const World *w, int sort, size_t item, int marked) {
+  for (const Section *s = w->section; s < w->section + w->n; s++) {
+    if (s->is != sort) continue;
+    uint64_t own = combination(w, s->row, item);
+    size_t i = 0;
+    while (own && i < w->items.n &&
+           !(w->mark[i] & marked && combination(w, s->row, i) == own))
+      i++;
+    if (own && i == w->items.n) return 1;
   }
-  *type = first;
-  return items;
+  return 0;
 }
 
-/* The tests, with the item and the `ask` that each row came from. */
-typedef struct {
-  TbrExamples rows;
-  Indices items;
-  Strings asks;
-} Tests;
-
-/* Adds n test rows of a class, as many of each type as of any other. */
-static void make_tests(Use *u, const char *class, size_t n, Tests *tests) {
-  const char *type = NULL;
-  size_t types = 0, end = tests->rows.n;
-  for (;; types++) {
-    Indices items = test_items(u->w, class, &type);
-    free(items.at);
-    if (!items.n) break;
-  }
-  if (n && !types)
-    tbr_fail("%s: no %s item is held out for tests", u->w->path[1], class);
-  for (size_t t = 0; t < types; t++) {
-    Indices items = test_items(u->w, class, &type);
-    size_t *order = mem_raw(items.n, sizeof *order);
-    shuffle(order, items.n, &u->rng);
-    end += n / types + (t < n % types);
-    for (size_t i = 0; tests->rows.n < end; i++) {
-      size_t item = items.at[order[i % items.n]], before = tests->rows.n;
-      if (i > 100 * items.n)
-        tbr_fail("%s: too few different prompts that are %s, of type %s",
-                 u->w->path[1], class, type);
-      add_row(u, item, &tests->rows);
-      if (tests->rows.n == before) continue;
-      MORE(tests->items) = item;
-      MORE(tests->asks) = render_known(u, "ask");
-    }
-    free(order);
-    free(items.at);
-  }
+/* Fails if what a test asks was trained on, as a combination or as a text.
+ * Ordinary questions may stand in documents; what is novel may not, even in
+ * other words than the prompt's. */
+static void check_leaks(const World *w, size_t item, const TbrExample *e,
+                        const char *ask) {
+  int novel = w->mark[item] & IS_NOVEL;
+  if (w->mark[item] & TUNED || strstr(w->tuning.s, e->prompt) ||
+      strstr(w->tuning.s, ask) ||
+      (strcmp(e->label, "pseudo-harmful") && !is_apart(w, HOLD, item, TUNED)))
+    tbr_fail("leak: the test \"%s\" is in fine-tuning", e->prompt);
+  if ((novel && !is_apart(w, NOVEL, item, PRETRAINED)) ||
+      (novel && strstr(w->documents.s, ask)) ||
+      (strcmp(e->label, "harmless") && strstr(w->documents.s, e->prompt)))
+    tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
 }
 
-/* ---- leaks ---- */
-
-/* For qsort: by bytes; equal texts are the same. */
-static int compare_strings(const void *a, const void *b) {
-  return strcmp(*(const char *const *)a, *(const char *const *)b);
-}
-
-/* Fails if one of the texts begins at any word of where. */
-static void check_absent(const char **text, size_t n, const char *where,
-                         const char *what) {
-  qsort(text, n, sizeof *text, compare_strings);
-  size_t kept = 0; /* of a text and one that it begins, the shorter will do */
-  for (size_t i = 0; i < n; i++)
-    if (!kept || strncmp(text[i], text[kept - 1], strlen(text[kept - 1])))
-      text[kept++] = text[i];
-  for (const char *s = where; kept && *s; s++) {
-    if (s > where && s[-1] != ' ' && s[-1] != '\n') continue;
-    size_t low = 0, high = kept; /* the last text that isn't after s */
-    while (high - low > 1) {
-      size_t middle = low + (high - low) / 2;
-      if (strcmp(text[middle], s) <= 0) low = middle;
-      else high = middle;
-    }
-    if (!strncmp(text[low], s, strlen(text[low])))
-      tbr_fail("leak: \"%s\" is asked in the tests and stands in %s",
-               text[low], what);
+/* Adds n test rows of a class, as many of each type as of any other. The
+ * next one is always of a type, and then of an item, used least so far. */
+static void make_tests(World *w, const char *class, size_t n,
+                       TbrExamples *rows) {
+  enum { OF_TYPE = 1000 }; /* in used: counts a row of the item's type */
+  size_t *item = mem_raw(w->items.n, sizeof *item), items = 0;
+  size_t *used = mem_new(w->items.n, sizeof *used), end = rows->n + n;
+  shuffle(item, w->items.n, &w->rng);
+  for (size_t i = 0; i < w->items.n; i++)
+    if (!strcmp(class_of(&w->items.row[item[i]]), class) &&
+        (w->mark[item[i]] & IS_HELD || !strcmp(class, "pseudo-harmful")))
+      item[items++] = item[i];
+  if (n && !items)
+    tbr_fail("%s: no %s item is held out for tests", w->path[1], class);
+  while (rows->n < end) {
+    size_t best = 0;
+    for (size_t k = 1; k < items; k++)
+      if (used[k] < used[best]) best = k;
+    const char *type = field(&w->items.row[item[best]], "type", 4);
+    if (used[best]++ % OF_TYPE == OF_TYPE - 2)
+      tbr_fail("%s: too few different prompts that are %s, of type %s",
+               w->path[1], class, type);
+    if (!add_row(w, item[best], rows)) continue;
+    char *ask = render(w, "ask");
+    check_leaks(w, item[best], &rows->row[rows->n - 1], ask);
+    free(ask);
+    for (size_t k = 0; k < items; k++)
+      if (!strcmp(field(&w->items.row[item[k]], "type", 4), type))
+        used[k] += OF_TYPE;
   }
-}
-
-/* Fails if a test's combination is among the items that were trained on:
- * a novel one in pretraining, a held one in fine-tuning. */
-static void check_combinations(const World *w, const Tests *tests) {
-  unsigned char *apart = mem_new(tests->rows.n, 1);
-  for (size_t s = 0; s < w->sections.n; s++) {
-    const Section *rule = &w->sections.at[s];
-    if (rule->is != RULE) continue;
-    int novel = !strcmp(rule->name, "novel");
-    uint64_t *key = rule_keys(w, &w->lines.at[rule->lines.from]);
-    for (size_t t = 0; t < tests->rows.n; t++) {
-      uint64_t own = key[tests->items.at[t]];
-      int found = !own;
-      for (size_t i = 0; i < w->n_items && !found; i++)
-        found = key[i] == own && w->mark[i] & (novel ? PRETRAINED : TUNED);
-      if (!found) apart[t] |= novel ? NOVEL : HELD;
-    }
-    free(key);
-  }
-  for (size_t t = 0; t < tests->rows.n; t++) {
-    const TbrExample *e = &tests->rows.row[t];
-    int pseudo = !strcmp(e->label, "pseudo-harmful");
-    int mark = w->mark[tests->items.at[t]];
-    if (mark & TUNED || (!pseudo && !(apart[t] & HELD)))
-      tbr_fail("leak: what \"%s\" asks is in fine-tuning", e->prompt);
-    if (mark & NOVEL && (mark & PRETRAINED || !(apart[t] & NOVEL)))
-      tbr_fail("leak: what \"%s\" asks should be novel and is in "
-               "pretraining", e->prompt);
-  }
-  free(apart);
-}
-
-/* Fails if a test's text is in the documents or the rows of fine-tuning.
- * Ordinary questions may be in documents; what a novel test asks may not,
- * even in other words than its prompt's. */
-static void check_texts(const World *w, const Tests *tests,
-                        const char *documents, const char *tuning) {
-  Strings untold = {0}, untrained = {0};
-  for (size_t t = 0; t < tests->rows.n; t++) {
-    const TbrExample *e = &tests->rows.row[t];
-    MORE(untrained) = e->prompt;
-    MORE(untrained) = tests->asks.at[t];
-    if (strcmp(e->label, "harmless")) MORE(untold) = e->prompt;
-    if (w->mark[tests->items.at[t]] & NOVEL)
-      MORE(untold) = tests->asks.at[t];
-  }
-  check_absent(untold.at, untold.n, documents, "pretraining");
-  check_absent(untrained.at, untrained.n, tuning, "fine-tuning");
-  free(untold.at);
-  free(untrained.at);
-}
-
-/* Adds the prompts and reflections, a line each. */
-static void add_texts(Buf *b, const TbrExamples *rows) {
-  for (size_t i = 0; i < rows->n; i++)
-    buf_printf(b, "%s\n%s\n", rows->row[i].prompt, rows->row[i].reflection);
+  free(item);
+  free(used);
 }
 
 /* Writes rows as name in a directory, and frees them. */
@@ -3704,46 +3004,32 @@ static void write_rows(const char *directory, const char *name,
   free(path);
 }
 
-/* Makes the data set of a seed. pretrain.txt has a document a line;
- * general.jsonl and safety.jsonl are for fine-tuning, with -held the same
- * in the reflections' held-out wording; eval.jsonl is for tests. */
+/* Makes the data set of a seed: pretrain.txt has a document a line,
+ * general.jsonl and safety.jsonl are for fine-tuning, eval.jsonl is for
+ * tests. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory) {
   World *w = world_load(world_directory);
-  world_split(w, seed);
-  Buf documents = make_documents(w, seed, sizes->documents), tuning = {0};
-  TbrExamples general_held = {0}, safety_held = {0};
-  TbrExamples general =
-      make_rows(w, rng_stream(seed, FOR_WORLD, DRAW_GENERAL), "general",
-                sizes->general, &general_held);
-  TbrExamples safety =
-      make_rows(w, rng_stream(seed, FOR_WORLD, DRAW_SAFETY), "safety",
-                sizes->safety, &safety_held);
-  Tests tests = {0};
-  Use u = use_new(w, rng_stream(seed, FOR_WORLD, DRAW_TESTS));
-  make_tests(&u, "pseudo-harmful", sizes->eval_pseudo, &tests);
-  make_tests(&u, "harmful", sizes->eval_harmful, &tests);
-  make_tests(&u, "harmless", sizes->eval_general, &tests);
-  use_free(&u);
-  buf_str(&tuning, "");
-  add_texts(&tuning, &general);
-  add_texts(&tuning, &safety);
-  check_combinations(w, &tests);
-  check_texts(w, &tests, documents.s, tuning.s);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
+  for (const Section *s = w->section; s < w->section + w->n; s++)
+    if (s->is >= NOVEL) apply_rule(w, s);
+  make_documents(w, seed, sizes->documents);
+  TbrExamples tests = {0};
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_GENERAL);
+  TbrExamples general = make_rows(w, "general", "harmless", sizes->general);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SAFETY);
+  TbrExamples safety = make_rows(w, "safety", "harmful", sizes->safety);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_TESTS);
+  make_tests(w, "pseudo-harmful", sizes->eval_pseudo, &tests);
+  make_tests(w, "harmful", sizes->eval_harmful, &tests);
+  make_tests(w, "harmless", sizes->eval_general, &tests);
   make_directory(out_directory);
   char *path = format_string("%s/pretrain.txt", out_directory);
-  write_file(path, documents.s, documents.n);
+  write_file(path, w->documents.s, w->documents.n);
+  free(path);
   write_rows(out_directory, "general.jsonl", &general);
   write_rows(out_directory, "safety.jsonl", &safety);
-  write_rows(out_directory, "general-held.jsonl", &general_held);
-  write_rows(out_directory, "safety-held.jsonl", &safety_held);
-  write_rows(out_directory, "eval.jsonl", &tests.rows);
-  free(path);
-  for (size_t i = 0; i < tests.asks.n; i++) free((char *)tests.asks.at[i]);
-  free(tests.asks.at);
-  free(tests.items.at);
-  buf_free(&tuning);
-  buf_free(&documents);
+  write_rows(out_directory, "eval.jsonl", &tests);
   world_free(w);
 }
 /* ---- third part: from examples to tokens and masks ---------------------- */
@@ -4213,12 +3499,11 @@ static void cross_entropy(real *loss, real *z, const int32_t *target,
  * Chapter 8: the whole model, its batch and loss, its files
  *
  * A Llama (Touvron et al., 2023): embedding; layers of attention and SwiGLU,
- * each behind an RMSNorm and added to the residual stream; a last RMSNorm;
- * a classifier, which may be the embedding itself ("tied"). All parameters
- * lie in one block, in the order of the table of tensors, under the names
- * that Hugging Face gives them; q, k, v are neighbours and so are gate and
- * up, so that each group is one matrix product. Gradients, and AdamW's two
- * moments, are blocks of the same shape.
+ * each behind an RMSNorm and added to the residual stream; a last RMSNorm; a
+ * classifier, which may be the embedding ("tied"). All parameters lie in one
+ * block, in the order of the table of tensors; q, k, v are neighbours and so
+ * are gate and up, so that each group is one matrix product. Gradients, and
+ * AdamW's two moments, are blocks of the same shape.
  * ====================================================================== */
 
 /* ---- configuration and parameters ------------------------------------- */
@@ -4228,18 +3513,35 @@ static size_t times(size_t a, size_t b) {
   return a * b;
 }
 
+/* The sizes in a configuration: their names, their keys in config.json, and
+ * what they are where that lacks them (-1: an error, 0: see config_read). */
+static const struct {
+  const char *name, *key;
+  size_t at;
+  double otherwise;
+} config_size[] = {
+    {"vocabulary", "vocab_size", offsetof(TbrConfig, vocab), -1},
+    {"width", "hidden_size", offsetof(TbrConfig, dim), -1},
+    {"hidden width", "intermediate_size", offsetof(TbrConfig, hidden), -1},
+    {"number of layers", "num_hidden_layers", offsetof(TbrConfig, layers), -1},
+    {"number of heads", "num_attention_heads", offsetof(TbrConfig, heads), -1},
+    {"number of key-value heads", "num_key_value_heads",
+     offsetof(TbrConfig, kv_heads), 0},
+    {"head size", "head_dim", offsetof(TbrConfig, head_dim), 0},
+    {"context", "max_position_embeddings", offsetof(TbrConfig, context), 2048}};
+enum { CONFIG_SIZES = sizeof config_size / sizeof *config_size };
+
+static size_t *config_at(const TbrConfig *c, size_t i) {
+  return (size_t *)(void *)((char *)c + config_size[i].at);
+}
+
 /* Fails, naming `where`, unless the configuration is one that works. */
 static void config_check(const TbrConfig *c, const char *where) {
   const size_t limit = (size_t)1 << 28;
-  size_t all[] = {c->vocab, c->dim, c->layers, c->heads, c->kv_heads,
-                  c->head_dim, c->hidden, c->context};
-  static const char *const name[] = {
-      "vocabulary", "width", "number of layers", "number of heads",
-      "number of key-value heads", "head size", "hidden width", "context"};
-  for (size_t i = 0; i < 8; i++)
-    if (all[i] == 0 || all[i] > limit)
+  for (size_t i = 0; i < CONFIG_SIZES; i++)
+    if (*config_at(c, i) == 0 || *config_at(c, i) > limit)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
-               name[i], all[i], limit);
+               config_size[i].name, *config_at(c, i), limit);
   if (c->heads % c->kv_heads)
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
              "be a multiple of the second", where, c->heads, c->kv_heads);
@@ -4258,77 +3560,65 @@ static size_t qkv_width(const TbrConfig *c) {
 
 /* Parameters in one layer. */
 static size_t layer_size(const TbrConfig *c) {
-  size_t attention = times(c->dim, qkv_width(c) + q_width(c));
-  return 2 * c->dim + attention + times(3 * c->hidden, c->dim);
+  size_t columns = qkv_width(c) + q_width(c) + 3 * c->hidden + 2;
+  return times(c->dim, columns);
 }
 
-/* Appends one tensor to the model's table. */
-static void add_tensor(TbrModel *m, const char *name, size_t rows,
-                       size_t columns) {
-  TbrTensor *t = &m->tensor[m->n_tensors++];
-  snprintf(t->name, sizeof t->name, "%s", name);
-  t->rows = rows;
-  t->columns = columns;
-  t->at = m->n_params;
-  m->n_params += times(rows, columns);
-}
+enum { LAYER_TENSORS = 9 };
 
-static void add_layer(TbrModel *m, size_t l) {
-  const TbrConfig *c = &m->config;
-  const struct {
-    const char *name;
-    size_t rows, columns;
-  } part[] = {{"input_layernorm", 1, c->dim},
-              {"self_attn.q_proj", q_width(c), c->dim},
-              {"self_attn.k_proj", kv_width(c), c->dim},
-              {"self_attn.v_proj", kv_width(c), c->dim},
-              {"self_attn.o_proj", c->dim, q_width(c)},
-              {"post_attention_layernorm", 1, c->dim},
-              {"mlp.gate_proj", c->hidden, c->dim},
-              {"mlp.up_proj", c->hidden, c->dim},
-              {"mlp.down_proj", c->dim, c->hidden}};
-  for (size_t i = 0; i < sizeof part / sizeof part[0]; i++) {
-    char name[sizeof m->tensor->name];
-    snprintf(name, sizeof name, "model.layers.%zu.%s.weight", l, part[i].name);
-    add_tensor(m, name, part[i].rows, part[i].columns);
+/* The model without memory for its parameters. */
+static TbrModel *model_shape(const TbrConfig *c) {
+  const struct { const char *name; size_t rows, columns; } shape[] = {
+      {"model.embed_tokens", c->vocab, c->dim},
+      {"input_layernorm", 1, c->dim}, /* from here on in a layer */
+      {"self_attn.q_proj", q_width(c), c->dim},
+      {"self_attn.k_proj", kv_width(c), c->dim},
+      {"self_attn.v_proj", kv_width(c), c->dim},
+      {"self_attn.o_proj", c->dim, q_width(c)},
+      {"post_attention_layernorm", 1, c->dim},
+      {"mlp.gate_proj", c->hidden, c->dim},
+      {"mlp.up_proj", c->hidden, c->dim},
+      {"mlp.down_proj", c->dim, c->hidden},
+      {"model.norm", 1, c->dim}, /* and behind them */
+      {"lm_head", c->vocab, c->dim}};
+  config_check(c, "model");
+  size_t inside = times(LAYER_TENSORS, c->layers);
+  TbrModel *m = mem_new(1, sizeof *m);
+  m->config = *c;
+  m->n_tensors = inside + (c->tied ? 2 : 3);
+  m->tensor = mem_new(m->n_tensors, sizeof *m->tensor);
+  for (size_t i = 0; i < m->n_tensors; i++) {
+    TbrTensor *t = &m->tensor[i];
+    size_t k = i > inside ? LAYER_TENSORS + i - inside
+             : i ? 1 + (i - 1) % LAYER_TENSORS : 0;
+    *t = (TbrTensor){"", shape[k].rows, shape[k].columns, m->n_params};
+    if (i && i <= inside)
+      snprintf(t->name, sizeof t->name, "model.layers.%zu.%s.weight",
+               (i - 1) / LAYER_TENSORS, shape[k].name);
+    else snprintf(t->name, sizeof t->name, "%s.weight", shape[k].name);
+    m->n_params += times(t->rows, t->columns);
+    if (m->n_params < t->at) tbr_fail("the model's size overflows");
   }
+  return m;
 }
 
 TbrModel *tbr_model_new(const TbrConfig *config) {
-  config_check(config, "model");
-  TbrModel *m = mem_new(1, sizeof *m);
-  m->config = *config;
-  m->tensor = mem_new(times(9, config->layers) + 3, sizeof *m->tensor);
-  add_tensor(m, "model.embed_tokens.weight", config->vocab, config->dim);
-  for (size_t l = 0; l < config->layers; l++) add_layer(m, l);
-  add_tensor(m, "model.norm.weight", 1, config->dim);
-  if (!config->tied)
-    add_tensor(m, "lm_head.weight", config->vocab, config->dim);
+  TbrModel *m = model_shape(config);
   m->param = mem_new(m->n_params, sizeof *m->param);
   return m;
 }
 
 void tbr_model_free(TbrModel *m) {
   if (!m) return;
-  free(m->tensor);
-  free(m->param);
-  free(m);
-}
-
-static int ends_with(const char *s, const char *end) {
-  size_t n = strlen(s), e = strlen(end);
-  return n >= e && !strcmp(s + n - e, end);
+  free(m->tensor), free(m->param), free(m);
 }
 
 void tbr_model_init(TbrModel *m, uint64_t seed) {
   for (size_t i = 0; i < m->n_tensors; i++) {
     const TbrTensor *t = &m->tensor[i];
+    int out = strstr(t->name, "o_proj") || strstr(t->name, "down_proj");
+    double std = i ? (out ? 0.2 : 0.7) / sqrt((double)t->columns) : 0.1;
     Rng rng = rng_stream(seed, FOR_INIT, i);
-    double std = 0.7 / sqrt((double)t->columns);
-    if (ends_with(t->name, "embed_tokens.weight")) std = 0.1;
-    if (ends_with(t->name, "o_proj.weight") ||
-        ends_with(t->name, "down_proj.weight"))
-      std = 0.2 / sqrt((double)t->columns);
     for (size_t j = 0; j < t->rows * t->columns; j++)
       m->param[t->at + j] =
           t->rows == 1 ? 1 : (real)(float)(std * rng_normal(&rng));
@@ -4336,21 +3626,17 @@ void tbr_model_init(TbrModel *m, uint64_t seed) {
 }
 
 /* Where the parts of layer l are in a block of parameters or gradients. */
-typedef struct {
-  real *norm1, *qkv, *o, *norm2, *gate_up, *down;
-} Layer;
+typedef struct { real *norm1, *qkv, *o, *norm2, *gate_up, *down; } Layer;
 
 static Layer layer_at(const TbrConfig *c, real *block, size_t l) {
-  Layer y;
-  y.norm1 = block + c->vocab * c->dim + l * layer_size(c);
-  y.qkv = y.norm1 + c->dim;
-  y.o = y.qkv + qkv_width(c) * c->dim;
-  y.norm2 = y.o + c->dim * q_width(c);
-  y.gate_up = y.norm2 + c->dim;
+  Layer y = {.norm1 = block + c->vocab * c->dim + l * layer_size(c)};
+  y.qkv = y.norm1 + c->dim, y.o = y.qkv + qkv_width(c) * c->dim;
+  y.norm2 = y.o + c->dim * q_width(c), y.gate_up = y.norm2 + c->dim;
   y.down = y.gate_up + 2 * c->hidden * c->dim;
   return y;
 }
 
+/* The gains (dim) of the last RMSNorm. */
 static real *final_norm(const TbrConfig *c, real *block) {
   return block + c->vocab * c->dim + c->layers * layer_size(c);
 }
@@ -4370,37 +3656,25 @@ typedef struct {
 } Cache;
 
 /* What forward computes, (rows, width) each, kept for each layer where a
- * backward follows (kept = layers), else written over (kept = 1). */
+ * backward follows, else written over. */
 struct TbrActs {
   real *block; /* holds them all */
-  size_t rows, kept;
-  real *x, *rstd1, *qkv, *att, *x2, *rstd2, *gu; /* kept a layer; x: kept+1 */
+  size_t rows;
+  real *x, *rstd1, *qkv, *att, *x2, *rstd2, *gu; /* of a layer; x: 1 more */
   real *norm, *hidden;                           /* of the layer at work */
   real *dx, *dnorm, *dqkv, *dgu, *g;             /* of the backward */
   real *cosine, *sine;                           /* (context, head size / 2) */
 };
 
-static void rope_tables(TbrActs *a, const TbrConfig *c) {
-  size_t half = c->head_dim / 2;
-  double step = tbr_log(c->rope_theta) / (double)half;
-  for (size_t j = 0; j < half; j++) {
-    double frequency = tbr_exp(-step * (double)j);
-    for (size_t p = 0; p < c->context; p++) {
-      double angle = (double)p * frequency;
-      a->cosine[p * half + j] = (real)(float)tbr_cos(angle);
-      a->sine[p * half + j] = (real)(float)tbr_sin(angle);
-    }
-  }
-}
-
 /* Memory for `rows` tokens at a time; for training, else for generation. */
 static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
   const TbrConfig *c = &m->config;
-  TbrActs *a = mem_new(1, sizeof *a);
-  size_t kept = training ? c->layers : 1, all = times(rows, kept);
+  TbrActs *a = mem_raw(1, sizeof *a);
+  size_t all = times(rows, training ? c->layers : 1);
   size_t d = c->dim, h = c->hidden, q = q_width(c), wide = qkv_width(c);
   size_t widest = wide > h ? wide : h, back = training ? rows : 0;
-  size_t angles = times(c->context, c->head_dim / 2);
+  size_t half = c->head_dim / 2, angles = times(c->context, half);
+  double step = tbr_log(c->rope_theta) / (double)half;
   Extent part[] = {
       {&a->x, times(all + rows, d)}, {&a->rstd1, all},
       {&a->qkv, times(all, wide)},   {&a->att, times(all, q)},
@@ -4413,8 +3687,11 @@ static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
       {&a->sine, angles}};
   a->block = mem_parts(part, sizeof part / sizeof *part);
   a->rows = rows;
-  a->kept = kept;
-  rope_tables(a, c);
+  for (size_t i = 0; i < angles; i++) {
+    double angle = (double)(i / half) * tbr_exp(-step * (double)(i % half));
+    a->cosine[i] = (real)(float)tbr_cos(angle);
+    a->sine[i] = (real)(float)tbr_sin(angle);
+  }
   return a;
 }
 
@@ -4429,48 +3706,35 @@ void tbr_acts_free(TbrActs *a) {
 
 /* W^T of the four products of a layer: views of the weights in training,
  * transposed copies in generation, where rows must be contiguous. */
-typedef struct {
-  Mat qkv, o, gate_up, down;
-} Views;
+typedef struct { Mat qkv, o, gate_up, down; } Views;
 
 static Views layer_views(const TbrConfig *c, const Layer *w) {
-  Views v = {transposed(w->qkv, c->dim), transposed(w->o, q_width(c)),
-             transposed(w->gate_up, c->dim), transposed(w->down, c->hidden)};
-  return v;
+  return (Views){.qkv = transposed(w->qkv, c->dim),
+                 .o = transposed(w->o, q_width(c)),
+                 .gate_up = transposed(w->gate_up, c->dim),
+                 .down = transposed(w->down, c->hidden)};
 }
 
-static size_t thread_index(void) {
-#ifdef _OPENMP
-  return (size_t)omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-/* Keys that the longest sequence of a batch attends to. */
-static size_t most_keys(const Span *spans, size_t n) {
+/* Scratch of attention over these spans: for each thread *need numbers. */
+static real *attend_scratch(const Span *spans, size_t n, size_t *need) {
   size_t most = 1;
   for (size_t s = 0; s < n; s++)
     if (spans[s].past + spans[s].n > most) most = spans[s].past + spans[s].n;
-  return most;
+  *need = attention_scratch(most);
+  return mem_raw(times((size_t)threads(), *need), sizeof(real));
 }
 
 /* Copies the keys and values of new tokens into layer l of the cache. */
 static void cache_store(const Cache *cache, const TbrConfig *c, size_t l,
                         const real *qkv, const Span *spans, size_t n_spans) {
   size_t size = c->head_dim, len = cache->length, w = qkv_width(c);
-  for (size_t s = 0; s < n_spans; s++)
-    for (size_t h = 0; h < c->kv_heads; h++) {
-      size_t at = ((l * cache->slots + spans[s].slot) * c->kv_heads + h) *
-                  size * len;
-      for (size_t i = 0; i < spans[s].n; i++) {
-        const real *k = qkv + (spans[s].row + i) * w + q_width(c) + h * size;
-        size_t position = spans[s].past + i;
-        for (size_t j = 0; j < size; j++)
-          cache->keys[at + j * len + position] = k[j];
-        memcpy(cache->values + at + position * size, k + kv_width(c),
-               size * sizeof *k);
-      }
+  for (const Span *s = spans; s < spans + n_spans; s++)
+    for (size_t i = 0; i < s->n * c->kv_heads; i++) {
+      size_t h = i % c->kv_heads, row = i / c->kv_heads, p = s->past + row;
+      size_t at = ((l * cache->slots + s->slot) * c->kv_heads + h) * size * len;
+      const real *k = qkv + (s->row + row) * w + q_width(c) + h * size;
+      for (size_t j = 0; j < size; j++) cache->keys[at + j * len + p] = k[j];
+      memcpy(cache->values + at + p * size, k + kv_width(c), size * sizeof *k);
     }
 }
 
@@ -4480,10 +3744,9 @@ static void attend(const TbrConfig *c, real *att, const real *qkv,
                    const Cache *cache, size_t l, const Span *spans,
                    size_t n_spans) {
   size_t size = c->head_dim, w = qkv_width(c), group = c->heads / c->kv_heads;
-  size_t need = attention_scratch(most_keys(spans, n_spans));
-  size_t team = (size_t)threads(), tasks = n_spans * c->heads;
-  real *scratch = mem_raw(times(team, need), sizeof *scratch);
-#pragma omp parallel for num_threads((int)team) schedule(dynamic)
+  size_t need, tasks = n_spans * c->heads;
+  real *scratch = attend_scratch(spans, n_spans, &need);
+#pragma omp parallel for num_threads(threads()) schedule(dynamic)
   for (size_t t = 0; t < tasks; t++) {
     const Span *s = &spans[t / c->heads];
     size_t h = t % c->heads, kv = h / group;
@@ -4497,7 +3760,7 @@ static void attend(const TbrConfig *c, real *att, const real *qkv,
     }
     attention_forward(att + s->row * q_width(c) + h * size, q_width(c),
                       mat(q + h * size, w), kt, v, s->n, s->past, size,
-                      scratch + thread_index() * need);
+                      scratch + (size_t)omp_get_thread_num() * need);
   }
   free(scratch);
 }
@@ -4539,10 +3802,9 @@ static void attend_backward(const TbrConfig *c, real *dqkv, const real *datt,
                             const real *qkv, const Span *spans,
                             size_t n_spans) {
   size_t size = c->head_dim, w = qkv_width(c), group = c->heads / c->kv_heads;
-  size_t need = attention_scratch(most_keys(spans, n_spans));
-  size_t team = (size_t)threads(), tasks = n_spans * c->kv_heads;
-  real *scratch = mem_raw(times(team, need), sizeof *scratch);
-#pragma omp parallel for num_threads((int)team) schedule(dynamic)
+  size_t need, tasks = n_spans * c->kv_heads;
+  real *scratch = attend_scratch(spans, n_spans, &need);
+#pragma omp parallel for num_threads(threads()) schedule(dynamic)
   for (size_t t = 0; t < tasks; t++) {
     const Span *s = &spans[t / c->kv_heads];
     size_t kv = t % c->kv_heads;
@@ -4552,7 +3814,8 @@ static void attend_backward(const TbrConfig *c, real *dqkv, const real *datt,
       attention_backward(dqkv + q_at + h * size, dqkv + k_at, dqkv + v_at,
                          datt + s->row * q_width(c) + h * size, q_width(c),
                          qkv + q_at + h * size, qkv + k_at, qkv + v_at, w,
-                         s->n, size, scratch + thread_index() * need);
+                         s->n, size,
+                         scratch + (size_t)omp_get_thread_num() * need);
   }
   free(scratch);
 }
@@ -4596,17 +3859,14 @@ void tbr_batch_add(TbrBatch *b, const int32_t *id, const int32_t *target,
   memcpy(b->id + b->n, id, n * sizeof *id);
   memcpy(b->target + b->n, target, n * sizeof *target);
   for (size_t i = 0; i < n; i++) b->n_targets += target[i] >= 0;
-  b->length[b->n_seq++] = n;
-  b->n += n;
+  b->length[b->n_seq++] = n, b->n += n;
 }
 
 void tbr_batch_clear(TbrBatch *b) { b->n = b->n_seq = b->n_targets = 0; }
 
 void tbr_batch_free(TbrBatch *b) {
-  free(b->id);
-  free(b->target);
-  free(b->length);
-  memset(b, 0, sizeof *b);
+  free(b->id), free(b->target), free(b->length);
+  *b = (TbrBatch){0};
 }
 
 /* The spans of a batch's sequences; fails if something doesn't fit. */
@@ -4616,11 +3876,10 @@ static Span *batch_spans(const TbrModel *m, const TbrBatch *b, size_t rows) {
     tbr_fail("a batch of %zu tokens doesn't fit into %zu rows", b->n, rows);
   Span *spans = mem_new(b->n_seq, sizeof *spans);
   for (size_t s = 0, row = 0; s < b->n_seq; row += b->length[s++]) {
-    spans[s].row = row;
-    spans[s].n = b->length[s];
-    if (b->length[s] > c->context)
+    spans[s] = (Span){row, b->length[s], 0, 0};
+    if (spans[s].n > c->context)
       tbr_fail("a sequence of %zu tokens is longer than the model's context, "
-               "%zu", b->length[s], c->context);
+               "%zu", spans[s].n, c->context);
   }
   for (size_t i = 0; i < b->n; i++)
     if (b->id[i] < 0 || (size_t)b->id[i] >= c->vocab ||
@@ -4684,13 +3943,11 @@ double tbr_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
   }
   if (grad) memset(a->dx, 0, b->n * c->dim * sizeof *a->dx);
   double loss = head_loss(m, a, b, grad, (real)scale);
-  if (grad) {
-    for (size_t l = c->layers; l-- > 0;) {
-      Layer w = layer_at(c, m->param, l), g = layer_at(c, grad, l);
-      layer_backward(c, &w, &g, a, l, b->n, spans, b->n_seq);
-    }
-    embedding_backward(grad, a->dx, b->id, b->n, c->dim);
+  for (size_t l = grad ? c->layers : 0; l-- > 0;) {
+    Layer w = layer_at(c, m->param, l), g = layer_at(c, grad, l);
+    layer_backward(c, &w, &g, a, l, b->n, spans, b->n_seq);
   }
+  if (grad) embedding_backward(grad, a->dx, b->id, b->n, c->dim);
   free(spans);
   return loss;
 }
@@ -4699,141 +3956,127 @@ void tbr_logits(const TbrModel *m, TbrActs *a, const TbrBatch *b,
                 tbr_real *logits) {
   const TbrConfig *c = &m->config;
   tbr_loss(m, a, b, NULL, 0);
-  real *rstd = mem_raw(b->n, sizeof(real));
-  rmsnorm_forward(a->norm, rstd, a->x + c->layers * a->rows * c->dim,
+  rmsnorm_forward(a->norm, a->rstd1, a->x + c->layers * a->rows * c->dim,
                   final_norm(c, m->param), b->n, c->dim, (real)c->norm_eps);
   linear_forward(logits, a->norm, transposed(classifier(c, m->param), c->dim),
                  b->n, c->dim, c->vocab);
-  free(rstd);
 }
 
 /* ---- files: a Hugging Face model directory ------------------------------ */
 
-static char *path_in(const char *directory, const char *name) {
-  return format_string("%s/%s", directory, name);
+static int json_true(const Json *object, const char *key) {
+  const Json *v = json_get(object, key);
+  return v && v->kind == JSON_TRUE;
 }
 
-/* A size from config.json; fails if it is no whole number. */
-static size_t config_size(const Json *json, const char *key, double otherwise,
-                          const char *path) {
-  double x = json_number(json, key, otherwise);
-  if (!(x >= 0 && x < 1e15) || x != (double)(size_t)x)
-    tbr_fail("%s: \"%s\" is missing or no whole number", path, key);
-  return (size_t)x;
-}
-
-/* Fails if config.json asks for something that this model doesn't have. */
-static void config_supported(const Json *json, const Json *rope,
-                             const char *path) {
-  const char *type = json_string(json, "model_type", "");
-  const char *act = json_string(json, "hidden_act", "silu");
-  const Json *bias = json_get(json, "attention_bias");
-  const Json *mlp_bias = json_get(json, "mlp_bias");
-  const Json *scaling = json_get(json, "rope_scaling");
-  if (strcmp(type, "llama"))
-    tbr_fail("%s: model_type is \"%s\"; only \"llama\" is supported", path,
-             type);
-  if (strcmp(act, "silu"))
-    tbr_fail("%s: hidden_act is \"%s\"; only \"silu\" is supported", path, act);
-  if ((bias && bias->kind == JSON_TRUE) ||
-      (mlp_bias && mlp_bias->kind == JSON_TRUE))
-    tbr_fail("%s: biases are not supported", path);
-  const char *rope_type = json_string(rope, "rope_type", "default");
-  if ((scaling && scaling->kind == JSON_OBJECT && scaling != rope) ||
-      strcmp(rope_type, "default"))
-    tbr_fail("%s: scaled rotary embedding is not supported", path);
-}
-
+/* What config.json says; fails if that is something that this model cannot
+ * do. */
 static TbrConfig config_read(const char *path) {
+  static const char *const only[][3] = {{"model_type", "", "llama"},
+                                        {"hidden_act", "silu", "silu"}};
   Json *json = json_read(path);
   const Json *rope = json_get(json, "rope_parameters");
-  const Json *tied = json_get(json, "tie_word_embeddings");
-  TbrConfig c = {0};
-  config_supported(json, rope, path);
-  c.vocab = config_size(json, "vocab_size", -1, path);
-  c.dim = config_size(json, "hidden_size", -1, path);
-  c.layers = config_size(json, "num_hidden_layers", -1, path);
-  c.heads = config_size(json, "num_attention_heads", -1, path);
-  c.kv_heads = config_size(json, "num_key_value_heads", (double)c.heads, path);
-  c.head_dim = config_size(
-      json, "head_dim", c.heads ? (double)(c.dim / c.heads) : 0, path);
-  c.hidden = config_size(json, "intermediate_size", -1, path);
-  c.context = config_size(json, "max_position_embeddings", 2048, path);
+  const Json *scaling = json_get(json, "rope_scaling");
+  TbrConfig c = {.tied = json_true(json, "tie_word_embeddings")};
+  for (size_t i = 0; i < 2; i++) {
+    const char *is = json_string(json, only[i][0], only[i][1]);
+    if (strcmp(is, only[i][2]))
+      tbr_fail("%s: %s is \"%s\"; only \"%s\" is supported", path, only[i][0],
+               is, only[i][2]);
+  }
+  if (json_true(json, "attention_bias") || json_true(json, "mlp_bias"))
+    tbr_fail("%s: biases are not supported", path);
+  if ((scaling && scaling->kind == JSON_OBJECT) ||
+      strcmp(json_string(rope, "rope_type", "default"), "default"))
+    tbr_fail("%s: scaled rotary embedding is not supported", path);
+  for (size_t i = 0; i < CONFIG_SIZES; i++) {
+    const char *key = config_size[i].key;
+    double x = json_number(json, key, config_size[i].otherwise);
+    if (!(x >= 0 && x < (double)SIZE_MAX) || x != (double)(size_t)x)
+      tbr_fail("%s: \"%s\" is missing or no whole number", path, key);
+    *config_at(&c, i) = (size_t)x;
+  }
+  if (!json_get(json, "num_key_value_heads")) c.kv_heads = c.heads;
+  if (!json_get(json, "head_dim") && c.heads) c.head_dim = c.dim / c.heads;
   c.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
   c.rope_theta = json_number(rope, "rope_theta",
                              json_number(json, "rope_theta", 10000));
-  c.tied = tied && tied->kind == JSON_TRUE;
   json_free(json);
   config_check(&c, path);
   return c;
 }
 
-/* Writes config.json and generation_config.json. */
-static void config_write(const TbrConfig *c, const char *directory, int32_t bos,
-                         int32_t eos) {
-  Buf b = {0};
-  buf_printf(&b,
-             "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
-             "  \"model_type\": \"llama\",\n  \"vocab_size\": %zu,\n"
-             "  \"hidden_size\": %zu,\n  \"intermediate_size\": %zu,\n"
-             "  \"num_hidden_layers\": %zu,\n  \"num_attention_heads\": %zu,\n"
-             "  \"num_key_value_heads\": %zu,\n  \"head_dim\": %zu,\n"
-             "  \"max_position_embeddings\": %zu,\n  \"rms_norm_eps\": %.9g,\n"
-             "  \"rope_theta\": %.17g,\n"
-             "  \"rope_parameters\": {\"rope_type\": \"default\", "
-             "\"rope_theta\": %.17g},\n"
-             "  \"tie_word_embeddings\": %s,\n  \"hidden_act\": \"silu\",\n"
-             "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n"
-             "  \"dtype\": \"float32\",\n"
-             "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
-             c->vocab, c->dim, c->hidden, c->layers, c->heads, c->kv_heads,
-             c->head_dim, c->context, c->norm_eps, c->rope_theta,
-             c->rope_theta, c->tied ? "true" : "false", (long)bos, (long)eos);
-  char *path = path_in(directory, "config.json");
-  write_file(path, b.s, b.n);
-  free(path);
-  buf_clear(&b);
-  buf_printf(&b, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n", (long)bos,
-             (long)eos);
-  path = path_in(directory, "generation_config.json");
-  write_file(path, b.s, b.n);
-  free(path);
-  buf_free(&b);
+/* Numbers in the model's shape; in a file, the names of their tensors stand
+ * behind the prefix. */
+typedef struct { const char *prefix; real *at; } Block;
+
+/* Writes blocks and pairs of metadata as a safetensors file. */
+static void blocks_write(const TbrModel *m, const Block *block,
+                         size_t n_blocks, const char *directory,
+                         const char *file, const char *const (*metadata)[2],
+                         size_t n_metadata) {
+  size_t n = n_blocks * m->n_tensors;
+  StOut *out = mem_new(n, sizeof *out);
+  char **name = mem_new(n, sizeof *name), *path = path_in(directory, file);
+  for (size_t i = 0; i < n; i++) {
+    const TbrTensor *t = &m->tensor[i % m->n_tensors];
+    const Block *b = &block[i / m->n_tensors];
+    name[i] = format_string("%s%s", b->prefix, t->name);
+    out[i] = (StOut){name[i], {t->rows, t->columns}, 2, b->at + t->at};
+    if (t->rows == 1) out[i].n_dim = 1, out[i].dim[0] = t->columns;
+  }
+  st_write(path, metadata, n_metadata, out, n);
+  for (size_t i = 0; i < n; i++) free(name[i]);
+  free(name), free(out), free(path);
 }
 
-/* A tensor's entry for writing, its data taken from block. */
-static StOut tensor_out(const TbrTensor *t, const char *name,
-                        const real *block) {
-  StOut o = {name, {t->rows, t->columns}, 2, block + t->at};
-  if (t->rows == 1) o.n_dim = 1, o.dim[0] = t->columns;
-  return o;
+/* Reads blocks, whose tensors must have the model's shapes; those that are
+ * NULL are only checked. */
+static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
+                        size_t n_blocks) {
+  for (size_t i = 0; i < n_blocks * m->n_tensors; i++) {
+    const TbrTensor *t = &m->tensor[i % m->n_tensors];
+    const Block *b = &block[i / m->n_tensors];
+    char *name = format_string("%s%s", b->prefix, t->name);
+    const StEntry *e = st_find(st, name);
+    if (!e) tbr_fail("%s: has no tensor \"%s\"", st->path, name);
+    size_t rows = e->n_dim == 1 ? 1 : e->dim[0];
+    if (e->n_dim < 1 || e->n_dim > 2 || rows != t->rows ||
+        e->dim[e->n_dim - 1] != t->columns)
+      tbr_fail("%s: tensor \"%s\" has another shape than config.json says, "
+               "which is %zu x %zu", st->path, name, t->rows, t->columns);
+    if (b->at) st_read(st, e, b->at + t->at);
+    free(name);
+  }
 }
 
 void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
                     int32_t eos) {
   static const char *const metadata[][2] = {{"format", "pt"}};
+  const TbrConfig *c = &m->config;
+  Buf b = {0};
   make_directory(directory);
-  config_write(&m->config, directory, bos, eos);
-  StOut *out = mem_new(m->n_tensors, sizeof *out);
-  for (size_t i = 0; i < m->n_tensors; i++)
-    out[i] = tensor_out(&m->tensor[i], m->tensor[i].name, m->param);
-  char *path = path_in(directory, "model.safetensors");
-  st_write(path, metadata, 1, out, m->n_tensors);
-  free(path);
-  free(out);
-}
-
-/* Reads the tensor `name`, which must have t's shape, into block. */
-static void read_tensor(SafeTensors *st, const TbrTensor *t, const char *name,
-                        real *block) {
-  const StEntry *e = st_find(st, name);
-  if (!e) tbr_fail("%s: has no tensor \"%s\"", st->path, name);
-  size_t rows = e->n_dim == 1 ? 1 : e->dim[0];
-  size_t columns = e->n_dim == 1 ? e->dim[0] : e->dim[1];
-  if (e->n_dim < 1 || e->n_dim > 2 || rows != t->rows || columns != t->columns)
-    tbr_fail("%s: tensor \"%s\" has another shape than config.json says, "
-             "which is %zu x %zu", st->path, name, t->rows, t->columns);
-  st_read(st, e, block + t->at);
+  buf_str(&b, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
+              "  \"model_type\": \"llama\",\n");
+  for (size_t i = 0; i < CONFIG_SIZES; i++)
+    buf_printf(&b, "  \"%s\": %zu,\n", config_size[i].key, *config_at(c, i));
+  buf_printf(&b,
+             "  \"rms_norm_eps\": %.9g,\n  \"rope_theta\": %.17g,\n"
+             "  \"rope_parameters\": {\"rope_type\": \"default\", "
+             "\"rope_theta\": %.17g},\n  \"tie_word_embeddings\": %s,\n"
+             "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
+             "  \"mlp_bias\": false,\n  \"dtype\": \"float32\",\n"
+             "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
+             c->norm_eps, c->rope_theta, c->rope_theta,
+             c->tied ? "true" : "false", (long)bos, (long)eos);
+  write_in(directory, "config.json", b.s, b.n);
+  buf_clear(&b);
+  buf_printf(&b, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n", (long)bos,
+             (long)eos);
+  write_in(directory, "generation_config.json", b.s, b.n);
+  buf_free(&b);
+  blocks_write(m, &(Block){"", m->param}, 1, directory, "model.safetensors",
+               metadata, 1);
 }
 
 /* ---- files: llama2.c ----------------------------------------------------- */
@@ -4842,30 +4085,35 @@ static void read_tensor(SafeTensors *st, const TbrTensor *t, const char *name,
  * A negative vocabulary says that the classifier has weights of its own. */
 enum { BIN_HEADER = 28 };
 
+/* Reads the header; fails unless the file is just as long as that says,
+ * before anything as large is allocated. */
 static TbrConfig bin_config(FILE *f, const char *path) {
+  static const size_t place[7] = {1, 2, 3, 4, 5, 0, 7}; /* in config_size */
+  TbrConfig c = {.rope_theta = 10000, .norm_eps = 1e-5, .tied = 1};
   unsigned char b[BIN_HEADER];
-  long v[7];
   read_exact(f, path, b, BIN_HEADER, "the header of a llama2.c checkpoint");
   for (size_t i = 0; i < 7; i++) {
     uint32_t u = (uint32_t)little_endian(b + 4 * i, 4);
-    v[i] = u < 0x80000000u ? (long)u : -(long)(0xffffffffu - u) - 1;
+    if (i == 5 && u >> 31) c.tied = 0, u = 0 - u;
+    if (u == 0 || u > 1u << 28)
+      tbr_fail("%s: byte %zu: number %lu cannot be in the header of a "
+               "llama2.c checkpoint; is it one?", path, 4 * i,
+               (unsigned long)u);
+    *config_at(&c, place[i]) = u;
   }
-  for (size_t i = 0; i < 7; i++)
-    if ((v[i] <= 0 && i != 5) || v[i] == 0 || v[i] > 1 << 28 ||
-        v[i] < -(1 << 28))
-      tbr_fail("%s: byte %zu: number %ld cannot be in the header of a "
-               "llama2.c checkpoint; is it one?", path, 4 * i, v[i]);
-  if (v[0] % v[3])
-    tbr_fail("%s: a width of %ld cannot be divided among %ld heads", path,
-             v[0], v[3]);
-  TbrConfig c = {0};
-  c.dim = (size_t)v[0], c.hidden = (size_t)v[1], c.layers = (size_t)v[2];
-  c.heads = (size_t)v[3], c.kv_heads = (size_t)v[4];
-  c.tied = v[5] > 0;
-  c.vocab = (size_t)(v[5] > 0 ? v[5] : -v[5]);
-  c.context = (size_t)v[6], c.head_dim = c.dim / c.heads;
-  c.rope_theta = 10000, c.norm_eps = 1e-5;
+  if (c.dim % c.heads)
+    tbr_fail("%s: a width of %zu cannot be divided among %zu heads", path,
+             c.dim, c.heads);
+  c.head_dim = c.dim / c.heads;
   config_check(&c, path);
+  uint64_t n = (uint64_t)c.vocab * c.dim * (c.tied ? 1 : 2) +
+               (uint64_t)c.layers * layer_size(&c) + c.dim +
+               (uint64_t)c.context * c.head_dim;
+  uint64_t want = BIN_HEADER + 4 * n, have = file_length(f, path);
+  if (have != want)
+    tbr_fail("%s: is %.0f bytes long, and by its header should be %.0f: it is "
+             "truncated or not a llama2.c checkpoint", path, (double)have,
+             (double)want);
   return c;
 }
 
@@ -4894,47 +4142,25 @@ static void bin_reorder(real *w, size_t heads, size_t size, size_t d) {
   free(copy);
 }
 
-static void bin_tensors(TbrModel *m, FILE *f, const char *path) {
-  /* the order of a layer's nine tensors in the file, by tbr's own order */
-  static const size_t part[9] = {0, 1, 2, 3, 4, 5, 6, 8, 7};
-  const TbrConfig *c = &m->config;
-  bin_read(f, path, m->param, c->vocab * c->dim);
-  for (size_t i = 0; i < 9; i++)
-    for (size_t l = 0; l < c->layers; l++) {
-      const TbrTensor *t = &m->tensor[1 + 9 * l + part[i]];
-      bin_read(f, path, m->param + t->at, t->rows * t->columns);
-    }
-  for (size_t l = 0; l < c->layers; l++) {
-    Layer w = layer_at(c, m->param, l);
-    bin_reorder(w.qkv, c->heads + c->kv_heads, c->head_dim, c->dim);
-  }
-  bin_read(f, path, final_norm(c, m->param), c->dim);
-  real *unused = mem_raw(times(c->context, c->head_dim), sizeof *unused);
-  bin_read(f, path, unused, times(c->context, c->head_dim)); /* RoPE tables */
-  free(unused);
-  if (!c->tied)
-    bin_read(f, path, classifier(c, m->param), c->vocab * c->dim);
-}
-
-/* Fails unless the file is just as long as its header says, before anything
- * as large as that is allocated. */
-static void bin_check_length(const TbrConfig *c, FILE *f, const char *path) {
-  uint64_t n = (uint64_t)c->vocab * c->dim * (c->tied ? 1 : 2) +
-               (uint64_t)c->layers * layer_size(c) + c->dim +
-               (uint64_t)c->context * c->head_dim;
-  uint64_t want = BIN_HEADER + 4 * n, have = file_length(f, path);
-  if (have != want)
-    tbr_fail("%s: is %llu bytes long, and by its header should be %llu: it is "
-             "truncated or not a llama2.c checkpoint", path,
-             (unsigned long long)have, (unsigned long long)want);
-}
-
 static TbrModel *model_read_bin(const char *path) {
+  /* where a layer's tensors are in the file, by tbr's own order */
+  static const size_t part[LAYER_TENSORS] = {0, 1, 2, 3, 4, 5, 6, 8, 7};
   FILE *f = open_file(path);
   TbrConfig c = bin_config(f, path);
-  bin_check_length(&c, f, path);
   TbrModel *m = tbr_model_new(&c);
-  bin_tensors(m, f, path);
+  bin_read(f, path, m->param, c.vocab * c.dim);
+  for (size_t i = 0; i < LAYER_TENSORS; i++)
+    for (size_t l = 0; l < c.layers; l++) {
+      const TbrTensor *t = &m->tensor[1 + LAYER_TENSORS * l + part[i]];
+      bin_read(f, path, m->param + t->at, t->rows * t->columns);
+    }
+  for (size_t l = 0; l < c.layers; l++)
+    bin_reorder(layer_at(&c, m->param, l).qkv, c.heads + c.kv_heads,
+                c.head_dim, c.dim);
+  bin_read(f, path, final_norm(&c, m->param), c.dim);
+  if (fseeko(f, (off_t)(4 * c.context * c.head_dim), SEEK_CUR)) /* RoPE */
+    tbr_fail("%s: cannot be read: %s", path, strerror(errno));
+  if (!c.tied) bin_read(f, path, classifier(&c, m->param), c.vocab * c.dim);
   fclose(f);
   return m;
 }
@@ -4948,12 +4174,14 @@ TbrModel *tbr_model_load(const char *path) {
              "llama2.c file that ends in .bin", path);
   TbrConfig c = config_read(config);
   SafeTensors *st = st_open(weights);
-  TbrModel *m = tbr_model_new(&c);
-  for (size_t i = 0; i < m->n_tensors; i++)
-    read_tensor(st, &m->tensor[i], m->tensor[i].name, m->param);
+  if (c.layers > st->n / LAYER_TENSORS)
+    tbr_fail("%s: has no tensors for %zu layers", weights, c.layers);
+  TbrModel *m = model_shape(&c);
+  blocks_read(st, m, &(Block){"", NULL}, 1); /* before it takes memory */
+  m->param = mem_raw(m->n_params, sizeof *m->param);
+  blocks_read(st, m, &(Block){"", m->param}, 1);
   st_close(st);
-  free(config);
-  free(weights);
+  free(config), free(weights);
   return m;
 }
 
@@ -4968,20 +4196,18 @@ static TbrModel *model_widen(TbrModel *old, size_t vocab, uint64_t seed) {
   for (size_t i = 0; i < m->n_tensors; i++)
     memcpy(m->param + m->tensor[i].at, old->param + old->tensor[i].at,
            old->tensor[i].rows * old->tensor[i].columns * sizeof(real));
-  real *table[2] = {m->param, classifier(&c, m->param)};
-  for (size_t t = 0; t < (c.tied ? 1u : 2u); t++)
-    for (size_t j = 0; j < d; j++) {
-      double mean = 0, square = 0;
-      for (size_t r = 0; r < before; r++) {
-        mean += (double)table[t][r * d + j] / (double)before;
-        square += (double)table[t][r * d + j] * (double)table[t][r * d + j];
-      }
-      double std = sqrt(square / (double)before);
-      Rng rng = rng_stream(seed, FOR_INIT, 1000000 + t * d + j);
-      for (size_t r = before; r < vocab; r++)
-        table[t][r * d + j] =
-            (real)(float)(mean + 0.1 * std * rng_normal(&rng));
+  for (size_t j = 0; j < (c.tied ? d : 2 * d); j++) {
+    real *x = (j < d ? m->param : classifier(&c, m->param)) + j % d;
+    double mean = 0, square = 0;
+    for (size_t r = 0; r < before; r++) {
+      mean += (double)x[r * d] / (double)before;
+      square += (double)x[r * d] * (double)x[r * d];
     }
+    double noise = 0.1 * sqrt(square / (double)before);
+    Rng rng = rng_stream(seed, FOR_INIT, 1000000 + j);
+    for (size_t r = before; r < vocab; r++)
+      x[r * d] = (real)(float)(mean + noise * rng_normal(&rng));
+  }
   tbr_model_free(old);
   return m;
 }
@@ -5013,8 +4239,8 @@ static double gradient_norm(const real *g, size_t n) {
   real *part = mem_raw(chunks, sizeof *part);
 #pragma omp parallel for num_threads(threads())
   for (size_t i = 0; i < chunks; i++) {
-    size_t len = n - i * CHUNK < CHUNK ? n - i * CHUNK : CHUNK;
-    part[i] = dot(g + i * CHUNK, g + i * CHUNK, len);
+    const real *x = g + i * CHUNK;
+    part[i] = dot(x, x, i + 1 < chunks ? CHUNK : n - i * CHUNK);
   }
   double sum = 0;
   for (size_t i = 0; i < chunks; i++) sum += (double)part[i];
@@ -5055,20 +4281,23 @@ typedef struct {
   TbrModel *model;
   real *grad, *m, *v;
   size_t step;
-  Buf log;          /* the lines of log.csv */
-  char mark[17];    /* what is trained on what, as a hash */
+  Buf log;       /* the lines of log.csv */
+  char mark[17]; /* what is trained on what, as a hash */
   const char *directory;
 } Trainer;
 
 /* The hash of all that decides the result. */
 static void trainer_mark(Trainer *t, const TbrTraining *o,
                          const TbrSequences *s) {
+  const TbrConfig *c = &t->model->config;
   uint64_t h = tbr_digest(0, t->model->param, t->model->n_params);
   Buf b = {0};
-  buf_printf(&b, "%zu %zu %zu %zu %d %.17g %.17g %.17g %.17g %.17g %.17g "
-             "%.17g %llu", o->steps, o->batch, o->rows, o->warmup, o->cosine,
-             o->lr, o->last, o->beta1, o->beta2, o->eps, o->decay, o->clip,
-             (unsigned long long)o->seed);
+  for (size_t i = 0; i < CONFIG_SIZES; i++)
+    buf_printf(&b, "%zu ", *config_at(c, i));
+  buf_printf(&b, "%.17g %.17g %zu %zu %zu %zu %d %.17g %.17g %.17g %.17g %.17g "
+             "%.17g %.17g %llu", c->rope_theta, c->norm_eps, o->steps, o->batch,
+             o->rows, o->warmup, o->cosine, o->lr, o->last, o->beta1, o->beta2,
+             o->eps, o->decay, o->clip, (unsigned long long)o->seed);
   h = hash_bytes(h, b.s, b.n);
   buf_free(&b);
   for (size_t i = 0; i < s->first[s->n]; i++)
@@ -5079,52 +4308,30 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
   snprintf(t->mark, sizeof t->mark, "%016llx", (unsigned long long)h);
 }
 
-/* Tensor i of the state: weights, then both moments. Returns its name
- * (fresh), its shape in *tensor and its block in *block. */
-static char *state_tensor(const Trainer *t, size_t i, const TbrTensor **tensor,
-                          real **block) {
-  static const char *const prefix[] = {"weight.", "moment1.", "moment2."};
-  size_t n = t->model->n_tensors;
-  *tensor = &t->model->tensor[i % n];
-  *block = i / n == 0 ? t->model->param : i / n == 1 ? t->m : t->v;
-  return format_string("%s%s", prefix[i / n], (*tensor)->name);
-}
+/* Weights, moments, step and log go into one file. */
+static const char state_file[] = "optimizer.safetensors";
 
-/* Writes weights, moments, step and log into optimizer.safetensors. */
 static void trainer_save(const Trainer *t) {
-  size_t n = 3 * t->model->n_tensors;
-  StOut *out = mem_new(n, sizeof *out);
-  char **name = mem_new(n, sizeof *name), step[24];
-  for (size_t i = 0; i < n; i++) {
-    const TbrTensor *tensor;
-    real *block;
-    name[i] = state_tensor(t, i, &tensor, &block);
-    out[i] = tensor_out(tensor, name[i], block);
-  }
-  snprintf(step, sizeof step, "%zu", t->step);
+  char step[24];
+  Block block[] = {
+      {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
   const char *const metadata[][2] = {
       {"training", t->mark}, {"step", step}, {"log", t->log.s}};
-  char *path = path_in(t->directory, "optimizer.safetensors");
-  st_write(path, metadata, 3, out, n);
-  for (size_t i = 0; i < n; i++) free(name[i]);
-  free(name), free(out), free(path);
+  snprintf(step, sizeof step, "%zu", t->step);
+  blocks_write(t->model, block, 3, t->directory, state_file, metadata, 3);
 }
 
-/* Goes on from optimizer.safetensors if it is of this very training. */
+/* Goes on from the state if it is of this very training. */
 static void trainer_resume(Trainer *t) {
-  char *path = path_in(t->directory, "optimizer.safetensors");
+  char *path = path_in(t->directory, state_file);
   SafeTensors *st = file_exists(path) ? st_open(path) : NULL;
   const char *mark = st ? st_metadata(st, "training") : NULL;
   const char *step = st ? st_metadata(st, "step") : NULL;
   const char *log = st ? st_metadata(st, "log") : NULL;
   if (mark && step && log && !strcmp(mark, t->mark)) {
-    for (size_t i = 0; i < 3 * t->model->n_tensors; i++) {
-      const TbrTensor *tensor;
-      real *block;
-      char *name = state_tensor(t, i, &tensor, &block);
-      read_tensor(st, tensor, name, block);
-      free(name);
-    }
+    Block block[] = {
+        {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
+    blocks_read(st, t->model, block, 3);
     t->step = (size_t)strtoull(step, NULL, 10);
     buf_clear(&t->log);
     buf_str(&t->log, log);
@@ -5139,37 +4346,34 @@ static void trainer_resume(Trainer *t) {
 /* Takes the weights if this very training has already ended here. */
 static int trainer_done(Trainer *t) {
   char *path = path_in(t->directory, "trainer_state.json");
-  int done = 0;
-  if (file_exists(path)) {
-    Json *json = json_read(path);
-    done = !strcmp(json_string(json, "training", ""), t->mark);
-    json_free(json);
-  }
+  Json *json = file_exists(path) ? json_read(path) : NULL;
+  int done = json && !strcmp(json_string(json, "training", ""), t->mark);
+  json_free(json);
   free(path);
   if (!done) return 0;
   TbrModel *m = tbr_model_load(t->directory);
+  if (m->n_params != t->model->n_params)
+    tbr_fail("%s: the model is not the one that trainer_state.json is about",
+             t->directory);
   memcpy(t->model->param, m->param, m->n_params * sizeof(real));
   tbr_model_free(m);
+  fprintf(stderr, "tbr: %s: is trained already\n", t->directory);
   return 1;
 }
 
 /* Writes model, tokenizer and log, and last the note that all is done. */
 static void trainer_finish(const Trainer *t, const TbrTokenizer *tok) {
+  char *path = path_in(t->directory, state_file);
+  Buf b = {0};
   tbr_model_save(t->model, t->directory, tbr_special(tok, "<|bos|>"),
                  tbr_special(tok, "<|eos|>"));
   tbr_tokenizer_save(tok, t->directory);
-  Buf b = {0};
+  write_in(t->directory, "log.csv", t->log.s, t->log.n);
   buf_printf(&b, "{\"training\": \"%s\", \"global_step\": %zu}\n", t->mark,
              t->step);
-  char *log = path_in(t->directory, "log.csv");
-  char *state = path_in(t->directory, "trainer_state.json");
-  char *optimizer = path_in(t->directory, "optimizer.safetensors");
-  write_file(log, t->log.s, t->log.n);
-  write_file(state, b.s, b.n);
-  remove(optimizer);
-  free(log);
-  free(state);
-  free(optimizer);
+  write_in(t->directory, "trainer_state.json", b.s, b.n);
+  remove(path);
+  free(path);
   buf_free(&b);
 }
 
@@ -5184,9 +4388,8 @@ typedef struct {
 /* The sequence that is drawn as number i since the start. */
 static size_t order_at(Order *o, size_t i) {
   if (!o->at || o->epoch != i / o->n) {
-    o->epoch = i / o->n;
+    Rng rng = rng_stream(o->seed, FOR_ORDER, o->epoch = i / o->n);
     if (!o->at) o->at = mem_raw(o->n, sizeof *o->at);
-    Rng rng = rng_stream(o->seed, FOR_ORDER, o->epoch);
     shuffle(o->at, o->n, &rng);
   }
   return o->at[i % o->n];
@@ -5205,20 +4408,19 @@ static double train_step(Trainer *t, TbrActs *acts, const TbrTraining *o,
     for (size_t j = s->first[q]; j < s->first[q + 1]; j++)
       targets += s->target[j] >= 0;
   }
+  double scale = 1.0 / (double)targets;
   memset(t->grad, 0, m->n_params * sizeof *t->grad);
   TbrBatch b = {0};
   *tokens = 0;
   for (size_t i = 0; i < o->batch; i++) {
     size_t q = order_at(order, first + i), at = s->first[q];
     size_t len = s->first[q + 1] - at;
-    if (b.n && b.n + len > acts->rows) {
-      loss += tbr_loss(m, acts, &b, t->grad, 1.0 / (double)targets);
-      tbr_batch_clear(&b);
-    }
+    if (b.n && b.n + len > acts->rows)
+      loss += tbr_loss(m, acts, &b, t->grad, scale), tbr_batch_clear(&b);
     tbr_batch_add(&b, s->id + at, s->target + at, len);
     *tokens += len;
   }
-  loss += tbr_loss(m, acts, &b, t->grad, 1.0 / (double)targets);
+  loss += tbr_loss(m, acts, &b, t->grad, scale);
   tbr_batch_free(&b);
   double norm = gradient_norm(t->grad, m->n_params);
   double lr = o->lr * schedule(o, t->step);
@@ -5260,22 +4462,17 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   Order order = {NULL, 0, s->n, o->seed};
   double loss = 0;
   trainer_mark(&t, o, s);
-  if (directory && trainer_done(&t)) {
-    fprintf(stderr, "tbr: %s: is trained already\n", directory);
-    return 0;
-  }
+  if (directory && trainer_done(&t)) return 0;
   buf_str(&t.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   t.grad = mem_new(n, sizeof(real));
-  t.m = mem_new(n, sizeof(real));
-  t.v = mem_new(n, sizeof(real));
+  t.m = mem_new(n, sizeof(real)), t.v = mem_new(n, sizeof(real));
   if (directory) make_directory(directory), trainer_resume(&t);
   TbrActs *acts = tbr_acts_new(model, rows);
   Progress bar = {label, "tokens", o->steps, 1, 0, 0};
   for (size_t start = t.step, all = 0; t.step < o->steps;) {
     char note[40];
     loss = train_step(&t, acts, o, s, &order, &tokens);
-    t.step++;
-    all += tokens;
+    t.step++, all += tokens;
     bar.units_per_item = (double)all / (double)(t.step - start);
     snprintf(note, sizeof note, "loss %.3f", loss);
     progress(&bar, t.step, note);
@@ -5285,8 +4482,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   }
   if (directory) trainer_finish(&t, tok);
   tbr_acts_free(acts);
-  free(t.grad), free(t.m), free(t.v), free(order.at);
-  buf_free(&t.log);
+  free(t.grad), free(t.m), free(t.v), free(order.at), buf_free(&t.log);
   return loss;
 }
 
@@ -6257,8 +5453,8 @@ void tbr_eval(const TbrOptions *o, const char *directory,
   size_t n;
   char *text = read_file(o->prompts, &n), mark[17];
   Buf b = {0};
-  buf_printf(&b, "%g %g %zu %zu %s", o->temperature, o->top_p, o->tokens,
-             o->limit, o->rule);
+  buf_printf(&b, "%g %g %zu %zu %zu %s %s", o->temperature, o->top_p,
+             o->tokens, o->limit, o->seed, o->rule, o->arm);
   uint64_t h = tbr_digest(0, p.model->param, p.model->n_params);
   h = hash_bytes(hash_bytes(h, text, n), b.s, b.n);
   snprintf(mark, sizeof mark, "%016llx", (unsigned long long)h);
@@ -6367,32 +5563,6 @@ static size_t bases_of(Job **base, Job *cell, size_t cells) {
     if (!have) base[n++] = &cell[i];
   }
   return n;
-}
-
-void tbr_ablate(const char *grid, const char *const *over,
-                TbrResults *results) {
-  Grid g = grid_read(grid, over);
-  size_t seeds = g.shared.seeds, cells = seeds * g.arms;
-  Job *cell = mem_new(cells, sizeof *cell);
-  Job **base = mem_new(cells, sizeof *base), **all = mem_new(cells, sizeof *all);
-  for (size_t s = 0; s < seeds; s++) {
-    uint64_t seed = g.shared.seed + s;
-    char *data = format_string("%s/seed-%llu/data", g.shared.out,
-                               (unsigned long long)seed);
-    for (size_t a = 0; a < g.arms; a++)
-      cell[s * g.arms + a] = job_of(&g.arm[a], &g.shared, seed);
-    if (*g.shared.world) tbr_world_make(g.shared.world, seed, &default_sizes, data);
-    free(data);
-  }
-  size_t bases = bases_of(base, cell, cells);
-  run_jobs(job_base, base, bases);
-  for (size_t i = 0; i < cells; i++) all[i] = &cell[i];
-  run_jobs(job_cell, all, cells);
-  for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
-  make_directory(g.shared.out);
-  results_write(g.shared.out, results, grid);
-  for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
-  free(cell), free(base), free(all), free(g.arm), free(g.text);
 }
 
 /* ---- the report ------------------------------------------------------------------- */
@@ -6545,6 +5715,33 @@ void tbr_report(const TbrResults *r, const char *directory) {
   write_file(path, b.s, b.n);
   free(path);
   buf_free(&b);
+}
+
+void tbr_ablate(const char *grid, const char *const *over,
+                TbrResults *results) {
+  Grid g = grid_read(grid, over);
+  size_t seeds = g.shared.seeds, cells = seeds * g.arms;
+  Job *cell = mem_new(cells, sizeof *cell);
+  Job **base = mem_new(cells, sizeof *base), **all = mem_new(cells, sizeof *all);
+  for (size_t s = 0; s < seeds; s++) {
+    uint64_t seed = g.shared.seed + s;
+    char *data = format_string("%s/seed-%llu/data", g.shared.out,
+                               (unsigned long long)seed);
+    for (size_t a = 0; a < g.arms; a++)
+      cell[s * g.arms + a] = job_of(&g.arm[a], &g.shared, seed);
+    if (*g.shared.world) tbr_world_make(g.shared.world, seed, &default_sizes, data);
+    free(data);
+  }
+  size_t bases = bases_of(base, cell, cells);
+  run_jobs(job_base, base, bases);
+  for (size_t i = 0; i < cells; i++) all[i] = &cell[i];
+  run_jobs(job_cell, all, cells);
+  for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
+  make_directory(g.shared.out);
+  results_write(g.shared.out, results, grid);
+  tbr_report(results, g.shared.out);
+  for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
+  free(cell), free(base), free(all), free(g.arm), free(g.text);
 }
 
 /* ======================================================================
@@ -6744,9 +5941,9 @@ static int verb_judge(const TbrOptions *o, char **argument) {
 }
 
 static int verb_ablate(const TbrOptions *o, char **argument) {
+  (void)o;
   TbrResults r = {0};
   tbr_ablate(argument[0], (const char *const *)argument + 1, &r);
-  tbr_report(&r, o->out);
   free(r.row);
   return 0;
 }
@@ -6852,17 +6049,11 @@ static int usage(size_t v, const char *format, const char *word) {
   return 2;
 }
 
-int tbr_main(int argc, char **argv) {
+/* Reads the options of verb v from argument on, and runs it. */
+static int run_verb(size_t v, char **rest, size_t words) {
   TbrOptions o = default_options;
-  size_t v = 0, n = 0;
-  if (argc < 2) return usage(VERBS, "which verb%s?", "");
-  int wants_help = !strcmp(argv[1], "help") || !strcmp(argv[1], "--help");
-  const char *name = wants_help ? argc > 2 ? argv[2] : "" : argv[1];
-  while (v < VERBS && strcmp(verb[v].name, name)) v++;
-  if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
-  for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
-  if (wants_help) return help(stdout, v), 0;
-  char **rest = argv + 2, **argument = mem_new((size_t)argc + 1, sizeof *rest);
+  char **argument = mem_new(words + 1, sizeof *argument);
+  size_t n = 0;
   if (*verb[v].argument) { /* a word before the options */
     if (!*rest || !strncmp(*rest, "--", 2))
       return usage(v, "this verb needs an argument: %s", verb[v].argument);
@@ -6870,7 +6061,7 @@ int tbr_main(int argc, char **argv) {
   }
   for (; *rest; rest += 2) {
     char *word = strncmp(*rest, "--", 2) ? "" : *rest + 2;
-    size_t i = option_find(word, strlen(word), name, verb[v].letter);
+    size_t i = option_find(word, strlen(word), verb[v].name, verb[v].letter);
     if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *rest);
     if (!rest[1]) return usage(v, "%s needs a value", *rest);
     option_set(&o, i, rest[1], *rest);
@@ -6881,6 +6072,20 @@ int tbr_main(int argc, char **argv) {
   tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
   int status = verb[v].run(&o, argument);
   free(argument);
+  return status;
+}
+
+int tbr_main(int argc, char **argv) {
+  size_t v = 0;
+  int status = 0;
+  if (argc < 2) return usage(VERBS, "which verb%s?", "");
+  int wants_help = !strcmp(argv[1], "help") || !strcmp(argv[1], "--help");
+  const char *name = wants_help ? argc > 2 ? argv[2] : "" : argv[1];
+  while (v < VERBS && strcmp(verb[v].name, name)) v++;
+  if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
+  for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
+  if (wants_help) help(stdout, v);
+  else status = run_verb(v, argv + 2, (size_t)argc);
   if (fflush(stdout) || ferror(stdout))
     tbr_fail("standard output cannot be written: %s", strerror(errno));
   return status;

@@ -24,22 +24,36 @@ static inline int check(int good, const char *file, int line,
 /* The condition holds. */
 #define CHECK(c) check((c) != 0, __FILE__, __LINE__, "not so: %s", #c)
 
-/* Two whole numbers are equal. */
-#define EQUAL(a, b)                                                          \
-  check((a) == (b), __FILE__, __LINE__, "%s is %lld, should be %lld", #a,    \
-        (long long)(a), (long long)(b))
+/* Two whole numbers are equal. Like those below, a function, so that what is
+ * compared is computed once. */
+#define EQUAL(a, b) \
+  check_equal((long long)(a), (long long)(b), __FILE__, __LINE__, #a)
+
+static inline int check_equal(long long a, long long b, const char *file,
+                              int line, const char *what) {
+  return check(a == b, file, line, "%s is %lld, should be %lld", what, a, b);
+}
 
 /* a is at most `bound` away from b. */
-#define NEAR(a, b, bound)                                                    \
-  check(fabs((double)(a) - (double)(b)) <= (bound), __FILE__, __LINE__,      \
-        "%s is %.9g, should be %.9g within %g", #a, (double)(a),             \
-        (double)(b), (double)(bound))
+#define NEAR(a, b, bound)                                              \
+  check_near((double)(a), (double)(b), (double)(bound), __FILE__, __LINE__, \
+             #a)
+
+static inline int check_near(double a, double b, double bound,
+                             const char *file, int line, const char *what) {
+  return check(fabs(a - b) <= bound, file, line,
+               "%s is %.9g, should be %.9g within %g", what, a, b, bound);
+}
 
 /* a is at most `bound`; not a number isn't. */
-#define AT_MOST(a, bound)                                                    \
-  check((double)(a) <= (double)(bound), __FILE__, __LINE__,                  \
-        "%s is %.3g, should be at most %.3g", #a, (double)(a),               \
-        (double)(bound))
+#define AT_MOST(a, bound) \
+  check_at_most((double)(a), (double)(bound), __FILE__, __LINE__, #a)
+
+static inline int check_at_most(double a, double bound, const char *file,
+                                int line, const char *what) {
+  return check(a <= bound, file, line, "%s is %.3g, should be at most %.3g",
+               what, a, bound);
+}
 
 /* Two texts are equal. */
 #define SAME(a, b)                                                           \

@@ -12,11 +12,10 @@ import collections, json, os, random, re, struct, subprocess, sys, tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OUT = sys.argv[1] if len(sys.argv) > 1 else os.path.join(HERE, "golden")
-REAL = os.path.join(HERE, "..", "shared", "real")
+REAL = os.environ.get(
+    "TBR_REAL", os.path.join(HERE, "..", "..", "shared", "real"))
 DRIVER = r"""
-#include "01.c"
-#include "04.c"
-#include "05.c"
+#include "../tbr.c"
 int main(int argc, char **argv) {
   TbrTokenizer *t;
   if (!strcmp(argv[1], "train")) {
@@ -75,7 +74,8 @@ def driver(folder):
     source, program = folder + "/driver.c", folder + "/driver"
     open(source, "w").write(DRIVER)
     subprocess.check_call(["cc", "-std=c99", "-O2", "-w", "-fopenmp",
-                           "-ffp-contract=off", "-I" + HERE, source,
+                           "-ffp-contract=off", "-DTBR_NO_MAIN",
+                           "-I" + HERE, source,
                            "-o", program, "-lm"])
     return program
 

@@ -23,6 +23,8 @@ if [ -n "$SANITIZE" ]; then
   TBR=$out/tbr
   # shellcheck disable=SC2086
   $CC $FLAGS ../tbr.c -o "$TBR" -lm $LDFLAGS || exit 2
+  C_TESTS=$(echo "$C_TESTS" | sed 's/gradient //')
+  echo 'gradients are not compared under the sanitizers: it would take long'
 fi
 export CC FLAGS TBR TBR_REAL ASAN_OPTIONS OMP_WAIT_POLICY
 [ -d "$TBR_REAL" ] || echo "no $TBR_REAL here: nothing is tried on real data"

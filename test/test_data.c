@@ -71,15 +71,15 @@ static void test_bad_examples(void) {
   SAYS("examples:2: row without `prompt`",
         read_text("{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n"));
   SAYS("examples:1: row without `prompt`", read_text("{\"prompt\": \"\"}"));
-  SAYS("examples:2: `response` should be a text",
+  SAYS("examples:2: \"response\" should be a string",
         read_text("[{\"prompt\": \"a\",\n\"response\": 3}]"));
-  SAYS("zero byte", read_text("{\"prompt\": \"a\\u0000b\"}"));
+  SAYS("without \\u0000", read_text("{\"prompt\": \"a\\u0000b\"}"));
   SAYS("row without `output`", read_text("{\"instruction\": \"a\"}"));
   SAYS("row without `response`", read_text("{\"question\": \"a\"}"));
   SAYS("examples:1: a turn of \"user\"",
         read_text("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"},"
                   "{\"role\": \"user\", \"content\": \"a\"}]}"));
-  SAYS("row without `content`",
+  SAYS("a turn should be",
         read_text("{\"messages\": [{\"role\": \"user\"}]}"));
   SAYS("a turn should be", read_text("{\"messages\": [3]}"));
   SAYS("row without `prompt`", read_text("{\"messages\": \"x\"}"));
@@ -87,14 +87,14 @@ static void test_bad_examples(void) {
         read_text("{\"prompt\": \"a\", \"label\": \"bad\"}"));
   SAYS("never ends",
         read_text("{\"prompt\": \"a\", \"response\": \"<think>b\"}"));
-  SAYS("one of them is enough",
+  SAYS("beside a reflection",
         read_text("{\"prompt\": \"a\", \"reflection\": \"x\", "
                   "\"response\": \"<think>b</think>c\"}"));
   SAYS("examples:1: an example should be", read_text("[1]"));
   SAYS("no example", read_text("[]"));
   SAYS("no example", read_text("prompt,type\n"));
   SAYS("examples:2", read_text("type,label\na,safe\n"));
-  SAYS("examples:1", read_text("{\"prompt\": \"a\"\n}"));
+  SAYS("examples:2:1: a comma", read_text("{\"prompt\": \"a\"\n{}"));
   SAYS("examples", read_text(""));
   SAYS("cannot be opened", tbr_examples_read("/nowhere/at/all"));
   TbrExamples none = {0};
@@ -216,64 +216,56 @@ static void small_world(const char *old, const char *with) {
   } while (0)
 
 static void test_world_errors(void) {
-  BAD("lexicon.txt:3: a row of @table class should have 2 cells",
-      "my / the", "my / the | x");
-  BAD("lexicon.txt:3: a row of @table class", "person | my / the", "person");
+  BAD("lexicon.txt:3: 3 cells don't fit to @table class", "my / the",
+      "my / the | x");
+  BAD("lexicon.txt:3: 1 cells don't fit", "person | my / the", "person");
   BAD("lexicon.txt:6: nothing in a cell", "boss; uncle", "boss; ; uncle");
-  BAD("has this row already", "boss; uncle", "boss; boss");
   BAD("lexicon.txt:1: a row outside", "# words", "words");
   BAD("lexicon.txt:1: @tabel is unknown", "# words", "@tabel x y");
-  BAD("lexicon.txt:5: column e is there twice", "thing e class", "thing e e");
-  BAD("lexicon.txt:5: @table should have a name of its own", "@table thing e",
+  BAD("lexicon.txt:5: @table class is there twice", "@table thing e",
       "@table class e");
-  BAD("lexicon.txt:2: a table should have 1 to 32 columns",
-      "@table class class det", "@table class");
-  BAD("templates.txt:1: no @table thin", "= thing class", "= thin class");
+  BAD("lexicon.txt:2: this should be @table", "@table class class det",
+      "@table class");
+  BAD("templates.txt:1: there is no @table thin", "= thing class",
+      "= thin class");
   BAD("templates.txt:1: this should be @item", "act 1 =", "act =");
   BAD("templates.txt:1: this should be @item", "act 1 =", "act 1");
-  BAD("should be a whole number", "act 1 =", "act x =");
-  BAD("templates.txt:3: no row of @table odd fits", "@item act 1 = thing",
+  BAD("templates.txt:3: no rows of these tables fit", "@item act 1 = thing",
       "@table odd class\nzzz\n@item act 1 = thing odd");
   BAD("templates.txt:1: an item of kind act has no type", "class harm type",
       "class harm sort");
   BAD("templates.txt:1: an item of kind act has no type", "| 1 | contrast",
       "| 2 | contrast");
   BAD("templates.txt:2: a row outside", "@fix np other", "fix np other");
-  BAD("@fix npp, but there is no @say npp", "@fix np", "@fix npp");
-  BAD("templates.txt:4: the guard's dett is no kind", "det |", "dett |");
-  BAD("templates.txt:5: a section should have a name", "@say other", "@say np");
-  BAD("templates.txt:5: det is a column", "@say other", "@say det");
+  BAD("there is no @say npp", "@fix np", "@fix npp");
+  BAD("templates.txt:4: the guard holds for no item", "det |", "dett |");
+  BAD("templates.txt:5: @say np is there twice", "@say other", "@say np");
   BAD("templates.txt:6: {thing.f} is no column", "{thing.e}", "{thing.f}");
   BAD("templates.txt:8: {vv} is no column", "do I {v}", "do I {vv}");
   BAD("templates.txt:8: { and }", "do I {v}", "do I {v");
   BAD("templates.txt:8: { and }", "do I {v}", "do I v}");
-  BAD("templates.txt:8: between { and }", "do I {v}", "do I {v v}");
-  BAD("templates.txt:8: between { and }", "do I {v}", "do I {}");
-  BAD("templates.txt:14: {a end}", "{a e} is {a class}.", "{a end}");
-  BAD("templates.txt:11: @say reflect contains itself", "{ask} {nature}",
+  BAD("templates.txt:8: { and }", "to {v} {np}.", "to {v} {np");
+  BAD("templates.txt:8: {v v} is no column", "do I {v}", "do I {v v}");
+  BAD("templates.txt:8: {} is no column", "do I {v}", "do I {}");
+  BAD("templates.txt:8: {v / v} is no column", "do I {v}", "do I {v / v}");
+  BAD("templates.txt:14: {end} is no column", "{a e} is {a class}.",
+      "{a end}");
+  BAD("contains itself, or says stand too deep", "{ask} {nature}",
       "{ask} {reflect}");
-  BAD("no line of @say nature~held holds", "| {a e} counts",
-      "!harm | {a e} counts");
-  BAD("should be @say NAME", "@say nature~held", "@say nature~helt");
-  BAD("templates.txt:15: this should be @say NAME", "@say nature~held",
-      "@say natur~held");
-  BAD("this should be guard | text", "harm | Bad.", "Bad.");
-  BAD("this should be guard | text", "harm | Bad.", "a | b | c");
-  BAD("this should be weight | guard | say", "3 | act | d", "3 | d");
-  BAD("should be a whole number", "3 | act | d", "-3 | act | d");
+  BAD("this should be @say NAME", "@say nature~held", "@say nature held");
+  BAD("should be @say NAME, then guard | text", "harm | Bad.", "Bad.");
+  BAD("should be @say NAME, then guard | text", "harm | Bad.", "a | b | c");
+  BAD("should be @mix NAME, then weight | guard | say", "3 | act | d",
+      "3 | d");
   BAD("there is no @say dd", "3 | act | d", "3 | act | dd");
-  BAD("templates.txt:33: no item has type=generel", "!harm !type=general",
-      "!harm !type=generel");
-  BAD("this should be percent", "@novel 30 | act", "@novel 30");
-  BAD("whole number up to 100", "@novel 30", "@novel 300");
-  BAD("ee is no column", "| v e\n@hold", "| v ee\n@hold");
+  BAD("this should be @novel PERCENT", "@novel 30 | act !harm !type=general "
+      "| v e", "@novel 30");
+  BAD("templates.txt:33: 1 cells", "type=general | v e", "type=general");
   BAD("@say answer is empty for an item of kind act", "how | To",
       "harm | To");
   BAD("should contain its key", "| {how}\n", "| smiles\n");
   BAD("there is no @say refuse", "@say refuse", "@say refuses");
-  BAD("there is no @mix safety", "@mix safety", "@mix safely");
-  BAD("has no lines", "| I'm sorry, no.\n", "");
-  BAD("would have a harmful item", "1 | type=general | p", "1 | act | p");
+  BAD("@say refuse is empty", "| I'm sorry, no.\n", "");
   BAD("there is no @item", "@item act 1", "# ");
 }
 
@@ -291,62 +283,108 @@ static void make_small(uint64_t seed) {
   free(out);
 }
 
+/* CHECK that making fails after a replacement. */
+#define UNMADE(part, old, with) \
+  do { \
+    small_world(old, with); \
+    SAYS(part, make_small(7)); \
+  } while (0)
+
+static void split_small(World *w, uint64_t seed) {
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
+  memset(w->mark, 0, w->items.n);
+  for (size_t s = 0; s < w->n; s++)
+    if (w->section[s].is >= NOVEL) apply_rule(w, &w->section[s]);
+}
+
+static void set_text(Buf *b, const char *before, const char *text) {
+  buf_clear(b);
+  buf_printf(b, "%s%s Two.\n", before, text);
+}
+
 static void test_world(void) {
   small_world("", "");
   World *w = world_load(scratch);
-  CHECK(w->n_items == 28); /* (2 + 3) verbs x 4 people, 2 verbs x 4 weeds */
+  CHECK(w->items.n == 28); /* (2 + 3) verbs x 4 people, 2 verbs x 4 weeds */
   size_t harmful = 0;
-  for (size_t i = 0; i < w->n_items; i++)
-    harmful += !strcmp(class_of(w->values.at + i * w->names.n), "harmful");
+  for (size_t i = 0; i < w->items.n; i++)
+    harmful += !strcmp(class_of(&w->items.row[i]), "harmful");
   CHECK(harmful == 8);
-  world_split(w, 5);
+  split_small(w, 5);
   size_t novel = 0, held = 0;
-  for (size_t i = 0; i < w->n_items; i++) {
-    novel += w->mark[i] == NOVEL;
-    held += w->mark[i] == HELD;
+  for (size_t i = 0; i < w->items.n; i++) {
+    novel += w->mark[i] == IS_NOVEL;
+    held += w->mark[i] == IS_HELD;
   }
   CHECK(novel == 2 && held == 2 * 2 + 3);
   /* What was trained on by mistake is found. */
-  Tests tests = {0};
-  Use u = use_new(w, rng_stream(1, FOR_WORLD, DRAW_TESTS));
-  make_tests(&u, "pseudo-harmful", 8, &tests);
-  make_tests(&u, "harmful", 4, &tests);
-  check_combinations(w, &tests);
-  for (size_t t = 0; t < tests.rows.n; t++) {
-    size_t item = tests.items.at[t];
-    int mark = w->mark[item];
+  TbrExamples tests = {0};
+  w->rng = rng_stream(1, FOR_WORLD, DRAW_TESTS);
+  make_tests(w, "pseudo-harmful", 8, &tests);
+  make_tests(w, "harmful", 4, &tests);
+  size_t homonyms = 0;
+  for (size_t t = 0; t < tests.n; t++) {
+    const TbrExample *e = &tests.row[t];
+    size_t item = (size_t)atol(strchr(e->id, '-') + 1);
+    unsigned char mark = w->mark[item];
+    homonyms += !strcmp(e->type, "homonyms");
+    check_leaks(w, item, e, "An ask.");
     w->mark[item] |= TUNED;
-    SAYS("is in fine-tuning", check_combinations(w, &tests));
-    w->mark[item] = (unsigned char)(mark | PRETRAINED);
-    if (mark & NOVEL)
-      SAYS("should be novel", check_combinations(w, &tests));
-    w->mark[item] = (unsigned char)mark;
-    Buf b = {0};
-    buf_printf(&b, "One. %s Two.\n", tests.rows.row[t].prompt);
-    SAYS("stands in pretraining", check_texts(w, &tests, b.s, ""));
-    SAYS("stands in fine-tuning", check_texts(w, &tests, "", b.s));
-    buf_clear(&b);
-    buf_printf(&b, "x\n%s", tests.asks.at[t]);
-    SAYS("stands in fine-tuning", check_texts(w, &tests, "x", b.s));
-    buf_free(&b);
+    SAYS("is in fine-tuning", check_leaks(w, item, e, "An ask."));
+    w->mark[item] = mark | PRETRAINED;
+    if (mark & IS_NOVEL)
+      SAYS("is in pretraining", check_leaks(w, item, e, "An ask."));
+    w->mark[item] = mark;
+    set_text(&w->documents, "One. ", e->prompt);
+    SAYS("is in pretraining", check_leaks(w, item, e, "An ask."));
+    set_text(&w->documents, "One. ", "An ask.");
+    if (mark & IS_NOVEL)
+      SAYS("is in pretraining", check_leaks(w, item, e, "An ask."));
+    else
+      check_leaks(w, item, e, "An ask.");
+    buf_clear(&w->documents);
+    set_text(&w->tuning, "x\n", e->prompt);
+    SAYS("is in fine-tuning", check_leaks(w, item, e, "An ask."));
+    set_text(&w->tuning, "x\n", "An ask.");
+    SAYS("is in fine-tuning", check_leaks(w, item, e, "An ask."));
+    buf_clear(&w->tuning);
+    /* So is a combination in common with an item that was trained on. */
+    for (volatile size_t i = 0; i < w->items.n; i++) {
+      const char *e1 = field(&w->items.row[i], "e", 1);
+      const char *e2 = field(&w->items.row[item], "e", 1);
+      if (i == item || strcmp(class_of(&w->items.row[i]), "harmful") ||
+          strcmp(e->label, "harmful") || strcmp(e1, e2))
+        continue;
+      unsigned char other = w->mark[i];
+      w->mark[i] |= TUNED;
+      SAYS("is in fine-tuning", check_leaks(w, item, e, "An ask."));
+      w->mark[i] = other;
+    }
   }
-  /* A combination in common with an item that was trained on is found. */
-  for (size_t i = 0; i < w->n_items; i++) {
-    const char *const *v = w->values.at + i * w->names.n;
-    if (!(w->mark[i] & HELD) || strcmp(class_of(v), "harmful")) continue;
-    int asked = 0;
-    for (size_t t = 0; t < tests.rows.n; t++)
-      asked |= tests.items.at[t] == i;
-    if (asked) continue;
-    w->mark[i] |= TUNED;
-    SAYS("is in fine-tuning", check_combinations(w, &tests));
-    w->mark[i] = HELD;
+  CHECK(homonyms == 8);
+  tbr_examples_free(&tests);
+  world_free(w);
+}
+
+/* A mix draws lines by weight, then kinds by weight, then items evenly. */
+static void test_mix(void) {
+  small_world("@item act 1 = thing class sense\n",
+              "@item act 1 = thing class sense\n"
+              "@item one 3 = uno\n@table uno det harm type how e v class\n"
+              "the | 0 | general | x | e | v | c\n");
+  World *w = world_load(scratch);
+  split_small(w, 3);
+  memset(w->mark, 0, w->items.n);
+  mix_open(w, "general", 0);
+  size_t ones = 0, first = 0;
+  w->rng = rng_stream(1, FOR_WORLD, 9);
+  for (size_t k = 0; k < 24000; k++) {
+    const Draw *d = mix_draw(w);
+    ones += !strcmp(w->items.row[d->item].at[1], "one");
+    first += d->item == w->draw[0].item;
   }
-  for (size_t i = 0; i < tests.asks.n; i++) free((char *)tests.asks.at[i]);
-  free(tests.asks.at);
-  free(tests.items.at);
-  tbr_examples_free(&tests.rows);
-  use_free(&u);
+  CHECK(w->draws == 13 && ones > 17600 && ones < 18400);
+  CHECK(first > 400 && first < 600); /* 24000 / 4 / 12 */
   world_free(w);
 }
 
@@ -357,7 +395,7 @@ static void test_making(void) {
   make_small(7);
   char *again = made("pretrain.txt"), *eval2 = made("eval.jsonl");
   make_small(8);
-  char *other = made("pretrain.txt"), *held = made("safety-held.jsonl");
+  char *other = made("pretrain.txt"), *safety = made("safety.jsonl");
   CHECK(!strcmp(first, again) && !strcmp(eval, eval2));
   CHECK(strcmp(first, other));
   CHECK(strstr(first, "A boss is a person Moss.") ||
@@ -366,18 +404,18 @@ static void test_making(void) {
   CHECK(strstr(first, "An uncle is a person") && strstr(first, " An uncle."));
   CHECK(!strstr(first, "a moss") && !strstr(first, "="));
   CHECK(strstr(first, "Moss is a weed"));
-  CHECK(!strstr(first, "counts as") && strstr(held, "counts as a person"));
+  CHECK(!strstr(first, "counts as") && strstr(safety, "is a person"));
   CHECK(strstr(eval, "the moss?") || strstr(eval, "the ivy?"));
-  free(first), free(again), free(other), free(held), free(eval), free(eval2);
+  free(first), free(again), free(other), free(safety), free(eval), free(eval2);
   /* Worlds that leak. */
   small_world("| {nature} {a other}.", "| {nature} {prompt}");
-  SAYS("stands in pretraining", make_small(7));
+  SAYS("is in pretraining", make_small(7));
   small_world("| {nature} {a other}.", "!harm !type=general | {ask} / x\n"
               "harm | x\ntype=general | The user wants to kill the fern. The "
               "user wants to burn the fern. The user wants to kill the ivy. "
               "The user wants to burn the ivy. The user wants to kill the "
               "nettle. The user wants to burn the nettle.");
-  SAYS("stands in pretraining", make_small(7));
+  SAYS("is in pretraining", make_small(7));
   small_world("| how do I {v} {np} ? / Tell me how to {v} {np}.",
               "| how do I {v} {class} ?");
   SAYS("", make_small(7));
@@ -386,6 +424,16 @@ static void test_making(void) {
   SAYS("no harmful item is held out", make_small(7));
   small_world("@hold 50 | harm", "@hold 100 | harm");
   SAYS("no item is left", make_small(7));
+  UNMADE("a harmful item; in @mix general all should be harmless",
+         "1 | type=general | p", "1 | act | p");
+  UNMADE("should be a whole number", "3 | act | d", "-3 | act | d");
+  UNMADE("should be a whole number", "act 1 =", "act x =");
+  UNMADE("all weights are 0", "3 | act | d", "0 | act | d");
+  UNMADE("whole number up to 100", "@novel 30", "@novel 300");
+  UNMADE("templates.txt:33: this guard holds for no item",
+         "!harm !type=general", "!harm !harm=0");
+  UNMADE("templates.txt:33: an item of this guard has no ee", "| v e\n@hold",
+         "| v ee\n@hold");
 }
 
 /* Mutated and truncated worlds fail with a message or are made. */
@@ -450,6 +498,7 @@ int main(int argc, char **argv) {
   test_round_trip();
   test_world_errors();
   test_world();
+  test_mix();
   test_making();
   test_hostile("../data", 60);
   if (real_files && *real_files) test_real(real_files);

@@ -72,12 +72,12 @@ static void test_json(void) {
   }
   static const char *const bad[][2] = {
       {"", "f:1:1: a value"}, {"{\n \"a\" 1}", "f:2:6: a colon"},
-      {"[1,]", "f:1:4"}, {"[1 2]", "f:1:4: a comma or ]"}, {"01", "f:1:1"},
+      {"[1,]", "f:1:4"}, {"[1 2]", "f:1:4: a comma or ]"}, {"01", "f:1:2"},
       {"1.", "value"}, {".5", "value"}, {"-", "value"}, {"1e", "value"},
       {"+1", "value"}, {"1e999", "too large"}, {"nul", "value"},
       {"1.2.3", "f:1:4: the text should end"}, {"00.5", "value"},
       {"{} {}", "f:1:4: the text should end"}, {"\"a", "inside a string"},
-      {"\"a\nb\"", "f:1:3: raw control"}, {"\"\\x\"", "unknown escape"},
+      {"\"a\nb\"", "f:1:3: raw control"}, {"\"\\x\"", "f:1:2: raw"},
       {"\"\\u12\"", "four hex"}, {"\"\\", "escape"}, {"{1:2}", "f:1:2: a key"},
       {"{\"a\\u0000\":1}", "cannot hold"}, {"[\"\\ud800\\u", "four hex"},
       {"{\"a\":1", "a comma or }"}, {"NaN", "value"}, {"]", "value"}};
@@ -137,7 +137,7 @@ static void test_csv(void) {
   FAILS(csv_of("a,b\n1\n"), "t.csv:2: 1 cells where the header has 2");
   FAILS(csv_of("a,b\n\n\"1\n2\",3,4"), "t.csv:3: 3 cells");
   FAILS(csv_of("a\n\"x\ny"), "t.csv:2: the quote");
-  FAILS(csv_of("a\n\"x\"y"), "t.csv:2: after a closing quote");
+  FAILS(csv_of("a\n\"x\"y"), "t.csv:2: quote inside");
   FAILS(csv_of("a\nx\"y\""), "t.csv:2: quote inside");
   FAILS(csv_read(put("t.csv", "a\0b", 3)), "zero byte at offset 1");
   FAILS(csv_read("/nowhere/x.csv"), "cannot be opened");
@@ -178,7 +178,7 @@ static void test_safetensors(void) {
   CHECK(!strcmp(st_metadata(st, "format"), "pt") && !st_metadata(st, "x"));
   for (size_t i = 0; i < 4; i++) {
     const StEntry *e = st_find(st, out[i].name);
-    CHECK(e && e->n_dim == out[i].n_dim && !strcmp(e->dtype, "F32"));
+    CHECK(e && e->n_dim == out[i].n_dim && e->type == F32);
     st_read(st, e, y);
     CHECK(!memcmp(y, out[i].data, e->count * sizeof *y));
   }
@@ -219,16 +219,18 @@ static void test_safetensors(void) {
   FAILS(st_of("{\"a\":{\"dtype\":\"U8\",\"shape\":[8],\"data_offsets\":[0,8]},"
               "\"b\":{\"dtype\":\"U8\",\"shape\":[8],\"data_offsets\":[4,12]}}",
               12), "the one before ends at 8");
-  FAILS(st_of(T("[2]", "[0,4]"), 8), "need 8 bytes");
-  FAILS(st_of(T("[2]", "[8,0]"), 8), "need 8 bytes");
+  FAILS(st_of(T("[2]", "[0,4]"), 8), "needs 8 bytes");
+  FAILS(st_of(T("[2]", "[8,0]"), 8), "needs 8 bytes");
   FAILS(st_of(T("[2]", "[0]"), 8), "should have");
   FAILS(st_of(T("2", "[0,8]"), 8), "should have");
   FAILS(st_of(T("[-2]", "[0,8]"), 8), "whole numbers");
   FAILS(st_of(T("[0.5]", "[0,2]"), 2), "whole numbers");
   FAILS(st_of(T("[1e300]", "[0,8]"), 8), "whole numbers");
-  FAILS(st_of(T("[4294967296,4294967296]", "[0,0]"), 0), "too large");
-  FAILS(st_of(T("[1,1,1,1,1]", "[0,4]"), 4), "more than 4");
+  FAILS(st_of(T("[4294967296,4294967296]", "[0,0]"), 0), "needs 7378");
+  FAILS(st_of(T("[1,1,1,1,1]", "[0,4]"), 4), "up to 4 whole");
   FAILS(st_of("{\"a\":{\"dtype\":\"F99\"}}", 0), "unknown dtype");
+  FAILS(st_of("{\"a\":{\"dtype\":\"FOO16\",\"shape\":[1],\"data_offsets\":"
+              "[0,2]}}", 2), "unknown dtype \"FOO16\"");
   FAILS(st_of("{\"a\":3}", 0), "unknown dtype");
   FAILS(st_of("[]", 0), "should be a JSON object");
   FAILS(st_of("{\"a\"", 0), "t.safetensors:1:5");

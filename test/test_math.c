@@ -110,6 +110,13 @@ static void test_fma(void) {
       c = (u >> 59 & 1 ? -1.0f : 1.0f) * bits_float((uint32_t)(u >> 61));
     }
     wrong += fma_differs(a, b, c);
+    /* c plus or minus half a unit, less too little for a double to hold:
+     * rounded twice, this would go to the even neighbour. */
+    float tiny = bits_float((uint32_t)(127 - 15 - i % 9) << 23);
+    a = (1 + tiny) * 0x1p-12f;
+    b = (1 - tiny) * (u >> 40 & 1 ? 0x1p-12f : -0x1p-12f);
+    c = bits_float(0x3f800000u | (uint32_t)(u & 0x7fffff));
+    wrong += fma_differs(a, b, c) + fma_differs(a, -b, -c);
   }
   EQUAL(wrong, 0u);
 }
@@ -233,6 +240,8 @@ static void test_gemm(void) {
     one_shape(side[rng_below(&r, 15)], side[rng_below(&r, 16)],
               side[rng_below(&r, 15)], &r);
   one_shape(97, 1030, 7, &r); /* wider than a block */
+  one_shape(17, 33, 600, &r); /* and deeper */
+  one_shape(200, 6, 257, &r);
   one_shape(3, 4, 0, &r);     /* nothing to add */
 }
 

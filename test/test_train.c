@@ -336,6 +336,22 @@ static void test_mark_tells_heads(void) {
   tbr_model_free(m);
 }
 
+/* Each epoch has every sequence once, in an order of its own. */
+static void test_order(void) {
+  enum { N = 50 };
+  size_t epoch[3][N], seen[3][N] = {{0}};
+  Order o = {NULL, 0, N, 7}, late = {NULL, 0, N, 7};
+  for (size_t i = 0; i < 3 * N; i++) {
+    epoch[i / N][i % N] = order_at(&o, i);
+    seen[i / N][order_at(&o, i)]++;
+  }
+  for (size_t i = 0; i < 3 * N; i++) EQUAL(seen[i / N][i % N], 1u);
+  CHECK(memcmp(epoch[0], epoch[1], sizeof epoch[0]));
+  CHECK(memcmp(epoch[1], epoch[2], sizeof epoch[0]));
+  EQUAL(order_at(&late, 2 * N + 3), epoch[2][3]); /* as after a resume */
+  free(o.at), free(late.at);
+}
+
 static void train_badly(size_t steps, size_t batch, double lr) {
   TbrTraining t = some_training();
   TbrSequences s = some_sequences(2);
@@ -410,9 +426,10 @@ static void test_generate(void) {
     for (size_t i = 0; i < n; i++) wrong += !same_tokens(&alone[i], &all[i]);
     tbr_answers_free(alone, n);
   }
+  for (size_t i = 0; i < 9; i++) p[i].n = 1; /* other ones before it */
   tbr_threads(3);
   alone = tbr_generate(m, p, N, &draw, NULL);
-  for (size_t i = 0; i < N; i++) wrong += !same_tokens(&alone[i], &all[i]);
+  for (size_t i = 9; i < N; i++) wrong += !same_tokens(&alone[i], &all[i]);
   tbr_threads(0);
   EQUAL(wrong, 0u);
   tbr_answers_free(alone, N);
@@ -497,6 +514,7 @@ int main(int argc, char **argv) {
   test_parts_and_threads();
   test_resume(folder);
   test_mark_tells_heads();
+  test_order();
   test_bad_training();
   test_generate();
   test_cache();
