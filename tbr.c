@@ -2241,8 +2241,8 @@ static void json_turns(Buf *b, const TbrExample *e) {
     tbr_fail("a reflection has </think> in it, so it can't stand within "
              "<think>: %.60s", think);
   if (answer || think) {
-    const char *open = think ? "<think>\n" : "";
-    const char *close = think ? "\n</think>\n\n" : "";
+    const char *open = think ? "<think>" : "";
+    const char *close = think ? "</think>" : "";
     char *turn = format_string("%s%s%s%s", open, think ? think : "", close,
                                answer ? answer : "");
     buf_str(b, "}, {\"role\": \"assistant\"");
@@ -3024,9 +3024,7 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   make_tests(w, "harmful", sizes->eval_harmful, &tests);
   make_tests(w, "harmless", sizes->eval_general, &tests);
   make_directory(out_directory);
-  char *path = format_string("%s/pretrain.txt", out_directory);
-  write_file(path, w->documents.s, w->documents.n);
-  free(path);
+  write_in(out_directory, "pretrain.txt", w->documents.s, w->documents.n);
   write_rows(out_directory, "general.jsonl", &general);
   write_rows(out_directory, "safety.jsonl", &safety);
   write_rows(out_directory, "eval.jsonl", &tests);
@@ -4947,12 +4945,8 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
     free(answer[i].text);
   }
   make_directory(directory);
-  char *path = path_in(directory, "completions.jsonl");
-  write_file(path, rows.s ? rows.s : "", rows.n);
-  free(path);
-  path = path_in(directory, "completions.csv");
-  write_file(path, csv.s, csv.n);
-  free(path);
+  write_in(directory, "completions.jsonl", rows.s, rows.n);
+  write_in(directory, "completions.csv", csv.s, csv.n);
   buf_free(&rows);
   buf_free(&csv);
   free(answer);
@@ -5044,7 +5038,7 @@ static const struct {
                                              "or cut"},
     {"rows", 'n', FIELD(rows), "pta", "tokens at a time; more are accumulated"},
     {"save-every", 'n', FIELD(save_every), "pta", "steps between checkpoints"},
-    {"limit", 'n', FIELD(limit), "ea", "the first N prompts; 0: all"},
+    {"limit", 'n', FIELD(limit), "ea", "only N prompts, evenly spaced; 0: all"},
     {"tokens", 'n', FIELD(tokens), "gea", "new tokens at most"},
     {"temperature", 'd', FIELD(temperature), "gea", "0: the likeliest token"},
     {"top-p", 'd', FIELD(top_p), "gea", "share of the mass to draw from"},
@@ -5276,9 +5270,7 @@ void tbr_finetune(const TbrOptions *o, const char *directory) {
              report.n ? "; all rows in them are longer than the context" : "");
   TbrTraining t = training_of(o, 0);
   tbr_train(p.model, p.tok, &s, &t, directory, *o->arm ? o->arm : "train");
-  char *path = path_in(directory, "rows.jsonl");
-  write_file(path, report.s, report.n);
-  free(path);
+  write_in(directory, "rows.jsonl", report.s, report.n);
   buf_free(&report);
   tbr_sequences_free(&s);
   pair_free(&p);
@@ -5346,7 +5338,8 @@ double tbr_t_quantile(size_t freedom) {
   size_t known = sizeof t / sizeof *t;
   if (!freedom) return INFINITY;
   if (freedom <= known) return t[freedom - 1];
-  return 1.959964 + 2.4 / (double)freedom; /* within 0.001 from here on */
+  double f = (double)freedom; /* Cornish and Fisher: within 0.0001 from here */
+  return 1.959964 + 2.3723 / f + 2.8224 / (f * f);
 }
 
 /* Mean of x and half of its 95% t-interval; 0 for a single value. */
@@ -5395,11 +5388,8 @@ static void results_write(const char *directory, const TbrResults *r,
     buf_str(&b, "}\n");
   }
   buf_str(&csv, "\n");
-  char *lines = path_in(directory, "results.jsonl");
-  char *table = path_in(directory, "results.csv");
-  write_file(lines, b.s, b.n);
-  write_file(table, csv.s, csv.n);
-  free(lines), free(table);
+  write_in(directory, "results.jsonl", b.s, b.n);
+  write_in(directory, "results.csv", csv.s, csv.n);
   buf_free(&b), buf_free(&csv);
 }
 
@@ -5444,6 +5434,17 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
 
 /* ---- the grid ------------------------------------------------------------------- */
 
+/* Keeps `limit` examples (0: all), evenly spaced, so that all types stay. */
+static void keep_some(TbrExamples *e, size_t limit) {
+  if (!limit || limit >= e->n) return;
+  for (size_t i = 0; i < limit; i++) {
+    TbrExample other = e->row[i], *from = &e->row[i * e->n / limit];
+    e->row[i] = *from;
+    *from = other;
+  }
+  while (e->n > limit) example_free(&e->row[--e->n]);
+}
+
 void tbr_eval(const TbrOptions *o, const char *directory,
               TbrResults *results) {
   Pair p = pair_load(o->model, o->tokenizer);
@@ -5461,7 +5462,7 @@ void tbr_eval(const TbrOptions *o, const char *directory,
   char *path = path_in(directory, "results.jsonl");
   if (!file_exists(path) || !results_read(path, &mine, mark)) {
     const char *arm = *o->arm ? o->arm : o->model;
-    for (; o->limit && e.n > o->limit; e.n--) example_free(&e.row[e.n - 1]);
+    keep_some(&e, o->limit);
     size_t cut = tbr_evaluate(p.model, p.tok, &e, &s, o->rule, arm, o->seed,
                               directory, &mine);
     if (cut)
@@ -5711,9 +5712,7 @@ void tbr_report(const TbrResults *r, const char *directory) {
   type_table(&b, r);
   fwrite(b.s, 1, b.n, stdout);
   make_directory(directory);
-  char *path = path_in(directory, "report.md");
-  write_file(path, b.s, b.n);
-  free(path);
+  write_in(directory, "report.md", b.s, b.n);
   buf_free(&b);
 }
 
@@ -5755,7 +5754,7 @@ void tbr_ablate(const char *grid, const char *const *over,
 /* ---- the self-test -------------------------------------------------------- */
 
 /* What a correct build on any platform prints; see test/digest.txt. */
-static const char selftest_digest[] = "0000000000000000";
+static const char selftest_digest[] = "26bb4cb6de16fa39";
 
 /* Trains a tiny model for a few steps on made-up tokens, and answers one
  * prompt; the digest covers weights, logits and answer. */

@@ -50,7 +50,7 @@ void tbr_threads(int n);
 /* These give the same bits on every IEEE 754 platform.
  * soft_fmaf: a*b+c rounded once, without hardware for it (Boldo and
  * Melquiond, 2008). exp: |x| held within 700, log: of positive numbers, sin
- * and cos: |x| below 2^20; all within 4e-16 of the true value, relative (sin
+ * and cos: |x| below 2^20; all within 5e-16 of the true value, relative (sin
  * and cos: absolute). expf: x held within [-87, 88], relative error below
  * 2e-7. */
 float tbr_soft_fmaf(float a, float b, float c);

@@ -13,14 +13,14 @@ SH_TESTS='digest cli real'
 [ -f test_files.c ] && C_TESTS="$C_TESTS files"
 [ -f test_data.c ] && C_TESTS="$C_TESTS data"
 out=$PWD/out
-TBR=$PWD/../tbr
+TBR=$out/tbr
 rm -rf "$out"
 mkdir -p "$out" || exit 2
+cp ../tbr "$TBR" || exit 2 # so that a build during the tests changes nothing
 OMP_WAIT_POLICY=passive # the tests of this run share the processors
 if [ -n "$SANITIZE" ]; then
   FLAGS="$FLAGS -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
   ASAN_OPTIONS=detect_leaks=0 # what fails doesn't free
-  TBR=$out/tbr
   # shellcheck disable=SC2086
   $CC $FLAGS ../tbr.c -o "$TBR" -lm $LDFLAGS || exit 2
   C_TESTS=$(echo "$C_TESTS" | sed 's/gradient //')

@@ -29,7 +29,7 @@ static const char *put(const char *name, const void *bytes, size_t n) {
 
 static Json *parse(const char *s) { return json_parse(s, strlen(s), "f", 1); }
 
-static double number(const char *s) {
+static double parse_number(const char *s) {
   Json *j = parse(s);
   double x = j->number;
   json_free(j);
@@ -58,7 +58,7 @@ static void test_json(void) {
       "9007199254740993", "9007199254740992.9", "123456789012345678e-400",
       "0.30000000000000004", "8.41e21", "4.35e-3", "6.02214076E+23", "1e-400"};
   for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
-    CHECK(double_bits(number(exact[i])) == double_bits(strtod(exact[i], NULL)));
+    CHECK(double_bits(parse_number(exact[i])) == double_bits(strtod(exact[i], NULL)));
   Rng r = {5};
   for (int i = 0; i < 20000; i++) {
     char s[40];
@@ -66,9 +66,9 @@ static void test_json(void) {
     if (!(x >= -DBL_MAX && x <= DBL_MAX)) continue;
     snprintf(s, sizeof s, "%.*e", i % 17, x);
     double want = strtod(s, NULL);
-    if (want >= -DBL_MAX && want <= DBL_MAX) CHECK(number(s) == want);
+    if (want >= -DBL_MAX && want <= DBL_MAX) CHECK(parse_number(s) == want);
     snprintf(s, sizeof s, "%.*f", i % 5, (double)(int32_t)rng_next(&r) / 1000);
-    CHECK(number(s) == strtod(s, NULL));
+    CHECK(parse_number(s) == strtod(s, NULL));
   }
   static const char *const bad[][2] = {
       {"", "f:1:1: a value"}, {"{\n \"a\" 1}", "f:2:6: a colon"},
@@ -136,7 +136,7 @@ static void test_csv(void) {
   FAILS(csv_of(""), "is empty");
   FAILS(csv_of("a,b\n1\n"), "t.csv:2: 1 cells where the header has 2");
   FAILS(csv_of("a,b\n\n\"1\n2\",3,4"), "t.csv:3: 3 cells");
-  FAILS(csv_of("a\n\"x\ny"), "t.csv:2: the quote");
+  FAILS(csv_of("a\n\"x\ny"), "t.csv:2: this quote");
   FAILS(csv_of("a\n\"x\"y"), "t.csv:2: quote inside");
   FAILS(csv_of("a\nx\"y\""), "t.csv:2: quote inside");
   FAILS(csv_read(put("t.csv", "a\0b", 3)), "zero byte at offset 1");
@@ -353,7 +353,7 @@ static void test_byte_level(void) {
       {"\"t\":122", "\"t\":1e9", "whole numbers from 0"},
       {"\"t\":122", "\"t\":0.5", "whole numbers from 0"},
       {"\"t\":122", "\"\\n\":122", "byte alphabet"},
-      {"\"t\":122", "\"tttttt\":122", "no token for byte 0x74"},
+      {"\"t\":122", "\"tttttt\":122", "which is no token"},
       {"\"t h\"", "\"t q\"", "which is no token"},
       {"\"t h\"", "\"th\"  ", "two names"}, {"\"t h\"", "7    ", "two names"},
       {"\"special\":true", "\"special\":null", "added tokens should"}};
