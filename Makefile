@@ -14,7 +14,8 @@ takes = $(shell echo 'int main(void){return 0;}' > .probe.c; \
   rm -f .probe.c .probe.out)
 
 # Exactness: no contraction of a*b+c, no excess precision (see README).
-EXACT := $(call takes,-ffp-contract=off) $(call takes,-fno-math-errno)
+EXACT := $(call takes,-ffp-contract=off) $(call takes,-fno-math-errno) \
+  $(call takes,-fexcess-precision=fast)
 FAST := $(call takes,-O3) $(if $(ARCH),$(call takes,$(ARCH)))
 OPENMP := $(or $(call takes,-fopenmp),$(call takes,-fopenmp-simd))
 STANDARD := $(call takes,-std=c99)
@@ -31,6 +32,9 @@ test: tbr
 bench: tbr
 	@CC='$(CC)' FLAGS='$(FLAGS)' sh test/bench.sh
 
+portability: tbr
+	@sh test/portability.sh
+
 lint:
 	@for cc in gcc clang; do \
 	  command -v $$cc >/dev/null || continue; \
@@ -45,4 +49,4 @@ lint:
 clean:
 	rm -rf tbr out test/out .probe.c .probe.out
 
-.PHONY: all test bench lint clean
+.PHONY: all test bench portability lint clean

@@ -367,9 +367,9 @@ static void progress(Progress *p, size_t done, const char *note) {
  * Compile with -ffp-contract=off and never with -ffast-math.
  * ====================================================================== */
 
-#if FLT_EVAL_METHOD != 0 && !defined(TBR_STORES_FLOATS)
-#error "Floats keep excess precision here: on x86 add -msse2 -mfpmath=sse; \
-else -ffloat-store -DTBR_STORES_FLOATS makes the results exact."
+#if FLT_EVAL_METHOD != 0
+#error "Floats keep excess precision here, so results would not be exact: on \
+x86 add -msse2 -mfpmath=sse, elsewhere try -fexcess-precision=fast."
 #endif
 #ifdef __FAST_MATH__
 #error "-ffast-math changes results; leave it out."
