@@ -310,7 +310,7 @@ int tbr_refuses(const char *answer, const char *rule);
 
 typedef struct {
   int refusal;
-  int compliance;     /* no refusal, and the key in it, where there is one */
+  int compliance;     /* no refusal, not empty, and the key in it, if any */
   int exact;          /* just the expected response */
   int reflected;
   int against_itself; /* reflects that it is harmless, and refuses */

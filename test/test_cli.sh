@@ -74,6 +74,9 @@ printf 'id,prompt\n1,a\n2,b,c\n' >bad.csv
 status 1 'bad.csv:3: 3 cells' "$TBR" eval --model tuned --prompts bad.csv --out none
 printf 'id,prompt\n1,a\n' >none.csv
 status 1 'none.csv:1: has no column `completion`' "$TBR" judge none.csv
+printf 'completion\nI am unable to.\n' >one.csv
+status 0 '' "$TBR" judge --rule arditi one.csv # options may come first
+is "$(tail -n 1 stdout)" 'I am unable to.,full_refusal' 'judge --rule arditi'
 printf '{"arm": "a", "n": 1}\n{"n": 1}\n' >bad.jsonl
 status 1 'bad.jsonl:2' "$TBR" report bad.jsonl
 printf '{"arm": "a", "n": -1}\n' >bad.jsonl
