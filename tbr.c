@@ -755,7 +755,8 @@ static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
 static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
                  size_t ldc) {
   int by_rows = m >= n;
-  size_t tile = by_rows ? MR : NR, tiles = ((by_rows ? m : n) + tile - 1) / tile;
+  size_t tile = by_rows ? MR : NR;
+  size_t tiles = ((by_rows ? m : n) + tile - 1) / tile;
   size_t team = (size_t)threads();
   if (team > tiles) team = tiles ? tiles : 1;
   if (m * n * k < 100000) team = 1; /* waking threads would cost more */
@@ -2349,7 +2350,7 @@ typedef struct {
   int fixing; /* a fix is being made, which keeps its = */
 } World;
 
-/* ---- lookup ---- */
+/* ---- lookup ------------------------------------------------------------ */
 
 /* Fails, with the place in the file. */
 TBR_PRINTF(2, 3)
@@ -2407,7 +2408,7 @@ static int holds(const Row *item, const char *guard) {
   return 1;
 }
 
-/* ---- reading ---- */
+/* ---- reading ----------------------------------------------------------- */
 
 static void row_add(Row *r, const char *s) {
   r->at = mem_grow(r->at, &r->cap, r->n + 1, sizeof *r->at);
@@ -2511,7 +2512,7 @@ static void read_world_file(World *w, const char *path) {
   free(text);
 }
 
-/* ---- joining tables to items ---- */
+/* ---- joining tables to items ------------------------------------------- */
 
 /* A whole number in a row, up to most. */
 static size_t number(const Row *r, const char *s, unsigned long most) {
@@ -2554,7 +2555,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
   }
 }
 
-/* ---- expanding ---- */
+/* ---- expanding --------------------------------------------------------- */
 
 /* Forgets the item in hand, and frees the texts of its fixes. */
 static void item_clear(World *w) {
@@ -2692,7 +2693,7 @@ static void use_item(World *w, size_t item) {
     }
 }
 
-/* ---- rows ---- */
+/* ---- rows -------------------------------------------------------------- */
 
 /* The label of an item. */
 static const char *class_of(const Row *item) {
@@ -2803,7 +2804,7 @@ static World *world_load(const char *directory) {
   return w;
 }
 
-/* ---- the data set ---- */
+/* ---- the data set ------------------------------------------------------ */
 
 enum { DRAW_SPLIT = 1, DRAW_PRETRAINING, DRAW_GENERAL, DRAW_SAFETY,
        DRAW_TESTS };
@@ -3030,7 +3031,7 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   write_rows(out_directory, "eval.jsonl", &tests);
   world_free(w);
 }
-/* ---- third part: from examples to tokens and masks ---------------------- */
+/* ---- third part: from examples to tokens and masks --------------------- */
 
 /* Sequences of tokens with their targets, one after another: what chapters 8
  * and 9 train on. Sequence i is first[i] .. first[i+1]-1. */
@@ -3060,8 +3061,8 @@ static void tokens_add(TbrTokens *t, int32_t id) {
 }
 
 /* Appends text as tokens, at most `most` of them; returns how many it is. */
-static size_t tokens_text(TbrTokens *t, const TbrTokenizer *tok, const char *text,
-                          size_t most) {
+static size_t tokens_text(TbrTokens *t, const TbrTokenizer *tok,
+                          const char *text, size_t most) {
   int32_t *id;
   size_t n = tbr_encode(tok, text, strlen(text), &id);
   for (size_t i = 0; i < n && i < most; i++) tokens_add(t, id[i]);
@@ -3115,8 +3116,8 @@ static void tokens_prompt(TbrTokens *t, const TbrTokenizer *tok,
 /* Appends reflection and response within `room` tokens. What is too long is
  * cut: the response gets what the reflection leaves, but at least half.
  * Returns 1 if something was cut. */
-static int tokens_answer(TbrTokens *t, const TbrTokenizer *tok, const Marks *mark,
-                         const char *reflection, const char *response,
+static int tokens_answer(TbrTokens *t, const TbrTokenizer *tok,
+                         const Marks *mark, const char *reflection, const char *response,
                          size_t room) {
   TbrTokens r = {0}, a = {0};
   if (reflection) tokens_text(&r, tok, reflection, SIZE_MAX);
@@ -3504,7 +3505,7 @@ static void cross_entropy(real *loss, real *z, const int32_t *target,
  * AdamW's two moments, are blocks of the same shape.
  * ====================================================================== */
 
-/* ---- configuration and parameters ------------------------------------- */
+/* ---- configuration and parameters -------------------------------------- */
 
 static size_t times(size_t a, size_t b) {
   if (a && b > SIZE_MAX / a) tbr_fail("a size overflows: %zu x %zu", a, b);
@@ -3644,7 +3645,7 @@ static real *classifier(const TbrConfig *c, real *block) {
   return c->tied ? block : final_norm(c, block) + c->dim;
 }
 
-/* ---- forward ------------------------------------------------------------ */
+/* ---- forward ----------------------------------------------------------- */
 
 /* Keys (transposed) and values of earlier tokens, for generation:
  * keys [layer][slot][kv head][head size][length], values [..][length][size]. */
@@ -3791,7 +3792,7 @@ static void layer_forward(const TbrConfig *c, const Layer *w, const Views *v,
   gemm(rows, d, h, mat(a->hidden, h), v->down, out, d);
 }
 
-/* ---- backward ----------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------- */
 
 /* dqkv += what attention's gradient datt (rows, q width) makes of it. One
  * task is one key-value head of one sequence with the query heads that share
@@ -3846,7 +3847,7 @@ static void layer_backward(const TbrConfig *c, const Layer *w, const Layer *g,
                    rows, d, a->g);
 }
 
-/* ---- the loss ----------------------------------------------------------- */
+/* ---- the loss ---------------------------------------------------------- */
 
 void tbr_batch_add(TbrBatch *b, const int32_t *id, const int32_t *target,
                    size_t n) {
@@ -3960,7 +3961,7 @@ void tbr_logits(const TbrModel *m, TbrActs *a, const TbrBatch *b,
                  b->n, c->dim, c->vocab);
 }
 
-/* ---- files: a Hugging Face model directory ------------------------------ */
+/* ---- files: a Hugging Face model directory ----------------------------- */
 
 static int json_true(const Json *object, const char *key) {
   const Json *v = json_get(object, key);
@@ -4077,7 +4078,7 @@ void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
                metadata, 1);
 }
 
-/* ---- files: llama2.c ----------------------------------------------------- */
+/* ---- files: llama2.c --------------------------------------------------- */
 
 /* Seven numbers, then float32 tensors, each kind for all layers together.
  * A negative vocabulary says that the classifier has weights of its own. */
@@ -4273,7 +4274,7 @@ static void adamw(const TbrModel *model, real *m, real *v, const real *grad,
   }
 }
 
-/* ---- the state of a training, on disk ------------------------------------ */
+/* ---- the state of a training, on disk ---------------------------------- */
 
 typedef struct {
   TbrModel *model;
@@ -4375,7 +4376,7 @@ static void trainer_finish(const Trainer *t, const TbrTokenizer *tok) {
   buf_free(&b);
 }
 
-/* ---- the loop ------------------------------------------------------------ */
+/* ---- the loop ---------------------------------------------------------- */
 
 /* Random orders of the sequences, a new one each epoch. */
 typedef struct {
@@ -4571,7 +4572,7 @@ static void decoder_step(Decoder *d, const int32_t *id, size_t rows,
   linear_forward(d->logits, d->norm, d->classify, n_spans, wide, c->vocab);
 }
 
-/* ---- choosing the next token --------------------------------------------- */
+/* ---- choosing the next token ------------------------------------------- */
 
 typedef struct {
   real p;
@@ -4620,7 +4621,7 @@ static int32_t choose(const real *z, size_t n, const TbrSampling *o,
   return id;
 }
 
-/* ---- many prompts over one cache ------------------------------------------ */
+/* ---- many prompts over one cache --------------------------------------- */
 
 /* What one slot is doing. */
 typedef struct {
@@ -4808,12 +4809,13 @@ TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
   j.compliance = !j.refusal && answer[strspn(answer, " \t\r\n")] &&
                  (!e->key || mentions(answer, e->key));
   j.exact = e->response && same_text(answer, e->response);
-  j.against_itself = j.refusal && reflection && mentions(reflection, "harmless") &&
+  j.against_itself = j.refusal && reflection &&
+                     mentions(reflection, "harmless") &&
                      !mentions(reflection, "harmful");
   return j;
 }
 
-/* ---- evaluation ----------------------------------------------------------- */
+/* ---- evaluation -------------------------------------------------------- */
 
 /* Divides generated tokens into reflection (fresh, NULL if there is none) and
  * answer (fresh). A reflection that never ends leaves an empty answer. */
@@ -4965,7 +4967,7 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
  * differences between arms are paired by seed.
  * ====================================================================== */
 
-/* ---- options: one table for grids and for the command line --------------- */
+/* ---- options: one table for grids and for the command line ------------- */
 
 static const TbrOptions default_options = {
     .world = "data", .out = "out", .base = "", .model = "", .tokenizer = "",
@@ -5101,7 +5103,7 @@ static void options_check(const TbrOptions *o) {
     tbr_fail("--share and --top-p are shares: from 0 to 1");
 }
 
-/* ---- grids ----------------------------------------------------------------- */
+/* ---- grids ------------------------------------------------------------- */
 
 /* A grid file: lines `option = value` that hold for all arms, then lines
  * `arm NAME option=value ...`. The text must live as long as the grid. */
@@ -5172,7 +5174,7 @@ static Grid grid_read(const char *path, const char *const *over) {
   return g;
 }
 
-/* ---- one cell of a grid ------------------------------------------------------ */
+/* ---- one cell of a grid ------------------------------------------------ */
 
 /* A model with its tokenizer, ready for dialogue. */
 typedef struct {
@@ -5315,7 +5317,7 @@ void tbr_make_tokenizer(const TbrOptions *o, const char *directory) {
   free(text);
 }
 
-/* ---- statistics -------------------------------------------------------------- */
+/* ---- statistics -------------------------------------------------------- */
 
 /* Wilson's 95% interval of k in n. */
 void tbr_wilson(size_t k, size_t n, double *low, double *high) {
@@ -5354,7 +5356,7 @@ double tbr_mean(const double *x, size_t n, double *half) {
   return mean;
 }
 
-/* ---- results on disk ----------------------------------------------------------- */
+/* ---- results on disk --------------------------------------------------- */
 
 static const char *const count_name[TBR_COUNTS] = {
     "n", "refusal", "compliance", "neither", "exact", "reflected",
@@ -5433,7 +5435,7 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
   return 1;
 }
 
-/* ---- the grid ------------------------------------------------------------------- */
+/* ---- the grid ---------------------------------------------------------- */
 
 /* Keeps `limit` examples (0: all), evenly spaced, so that all types stay. */
 static void keep_some(TbrExamples *e, size_t limit) {
@@ -5567,7 +5569,7 @@ static size_t bases_of(Job **base, Job *cell, size_t cells) {
   return n;
 }
 
-/* ---- the report ------------------------------------------------------------------- */
+/* ---- the report -------------------------------------------------------- */
 
 /* The sum of a count over the lines of an arm and a label; any seed if that
  * is ANY_SEED, any type if that is NULL. */
@@ -5722,14 +5724,16 @@ void tbr_ablate(const char *grid, const char *const *over,
   Grid g = grid_read(grid, over);
   size_t seeds = g.shared.seeds, cells = seeds * g.arms;
   Job *cell = mem_new(cells, sizeof *cell);
-  Job **base = mem_new(cells, sizeof *base), **all = mem_new(cells, sizeof *all);
+  Job **base = mem_new(cells, sizeof *base);
+  Job **all = mem_new(cells, sizeof *all);
   for (size_t s = 0; s < seeds; s++) {
     uint64_t seed = g.shared.seed + s;
     char *data = format_string("%s/seed-%llu/data", g.shared.out,
                                (unsigned long long)seed);
     for (size_t a = 0; a < g.arms; a++)
       cell[s * g.arms + a] = job_of(&g.arm[a], &g.shared, seed);
-    if (*g.shared.world) tbr_world_make(g.shared.world, seed, &default_sizes, data);
+    if (*g.shared.world)
+      tbr_world_make(g.shared.world, seed, &default_sizes, data);
     free(data);
   }
   size_t bases = bases_of(base, cell, cells);
@@ -5752,7 +5756,7 @@ void tbr_ablate(const char *grid, const char *const *over,
  * usage.
  * ====================================================================== */
 
-/* ---- the self-test -------------------------------------------------------- */
+/* ---- the self-test ----------------------------------------------------- */
 
 /* What a correct build on any platform prints; see test/digest.txt. */
 static const char selftest_digest[] = "26bb4cb6de16fa39";
@@ -5815,7 +5819,7 @@ static int verb_selftest(const TbrOptions *o, char **argument) {
   return 1;
 }
 
-/* ---- the verbs ------------------------------------------------------------- */
+/* ---- the verbs --------------------------------------------------------- */
 
 static int verb_data(const TbrOptions *o, char **argument) {
   (void)argument;
@@ -5835,7 +5839,8 @@ static int verb_show(const TbrOptions *o, char **argument) {
   TbrTokenizer *tok = tbr_tokenizer_load(
       *o->tokenizer ? o->tokenizer : o->model, 0);
   TbrSequences s = {0};
-  int reflect = strcmp(o->reflection, "none") != 0, colour = is_terminal(stdout);
+  int reflect = strcmp(o->reflection, "none") != 0;
+  int colour = is_terminal(stdout);
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < e.n && i < o->show; i++) {
     tbr_example_sequence(&s, tok, &e.row[i], reflect, (size_t)1 << 30, 0);
@@ -5983,7 +5988,7 @@ static int verb_import(const TbrOptions *o, char **argument) {
   return 0;
 }
 
-/* ---- main -------------------------------------------------------------------- */
+/* ---- main -------------------------------------------------------------- */
 
 static const struct {
   const char *name;
@@ -6000,13 +6005,15 @@ static const struct {
     {"tokenizer", 'k', "", "learns a byte-level BPE from text", verb_tokenizer},
     {"pretrain", 'p', "", "trains a new model on text", verb_pretrain},
     {"train", 't', "", "fine-tunes a model on examples", verb_train},
-    {"generate", 'g', "", "prints what a model says to a prompt", verb_generate},
+    {"generate", 'g', "", "prints what a model says to a prompt",
+     verb_generate},
     {"eval", 'e', "", "answers prompts, judges, counts", verb_eval},
     {"judge", 'j', "FILE.csv", "judges completions that are there already",
      verb_judge},
     {"ablate", 'a', "GRID", "trains and evaluates the arms of a grid file",
      verb_ablate},
-    {"report", 'r', "RESULTS.jsonl", "prints the tables of results", verb_report},
+    {"report", 'r', "RESULTS.jsonl", "prints the tables of results",
+     verb_report},
     {"info", 'i', "MODEL", "prints a model's shape and digest", verb_info},
     {"import", 'm', "", "writes a model as a Hugging Face directory",
      verb_import}};

@@ -32,7 +32,7 @@ typedef float tbr_real;
 #define TBR_NORETURN
 #endif
 
-/* ---- errors and threads (chapter 1) -------------------------------------- */
+/* ---- errors and threads (chapter 1) ------------------------------------ */
 
 /* Ends what is going on with a message: removes half-written files, calls
  * the handler, and exits with status 1 if that returns. Never returns. */
@@ -45,7 +45,7 @@ void tbr_on_error(void (*handler)(const char *message));
 /* Threads of the parallel loops; 0 for all cores. No result depends on it. */
 void tbr_threads(int n);
 
-/* ---- exact arithmetic (chapters 2 and 3) --------------------------------- */
+/* ---- exact arithmetic (chapters 2 and 3) ------------------------------- */
 
 /* These give the same bits on every IEEE 754 platform.
  * soft_fmaf: a*b+c rounded once, without hardware for it (Boldo and
@@ -70,7 +70,7 @@ void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
  * from the start). */
 uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n);
 
-/* ---- tokenizers (chapter 5) ---------------------------------------------- */
+/* ---- tokenizers (chapter 5) -------------------------------------------- */
 
 typedef struct TbrTokenizer TbrTokenizer;
 
@@ -107,7 +107,7 @@ int32_t tbr_special(const TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_special(TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
-/* ---- examples (chapter 6) ------------------------------------------------- */
+/* ---- examples (chapter 6) ---------------------------------------------- */
 
 /* One example; what it doesn't have is NULL. */
 typedef struct {
@@ -159,7 +159,7 @@ typedef struct {
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory);
 
-/* ---- sequences: tokens with their loss mask (chapter 6) -------------------- */
+/* ---- sequences: tokens with their loss mask (chapter 6) ---------------- */
 
 /* A list of tokens, which starts as {0}. */
 typedef struct {
@@ -197,7 +197,7 @@ size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
 void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
                        size_t which, int colour);
 
-/* ---- the model (chapters 7 and 8) ------------------------------------------ */
+/* ---- the model (chapters 7 and 8) -------------------------------------- */
 
 typedef struct {
   size_t vocab, dim, layers, heads, kv_heads, head_dim, hidden, context;
@@ -261,7 +261,7 @@ double tbr_loss(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
 void tbr_logits(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
                 tbr_real *logits);
 
-/* ---- training (chapter 9) ---------------------------------------------------- */
+/* ---- training (chapter 9) ---------------------------------------------- */
 
 typedef struct {
   size_t steps;      /* of the optimizer */
@@ -284,7 +284,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
                  const TbrSequences *s, const TbrTraining *options,
                  const char *directory, const char *label);
 
-/* ---- generation (chapter 10) --------------------------------------------------- */
+/* ---- generation (chapter 10) ------------------------------------------- */
 
 typedef struct {
   double temperature; /* 0: always the likeliest token */
@@ -301,7 +301,7 @@ TbrTokens *tbr_generate(const TbrModel *model, const TbrTokens *prompt,
                         const char *label);
 void tbr_answers_free(TbrTokens *answer, size_t n);
 
-/* ---- judging and evaluation (chapter 11) ----------------------------------------- */
+/* ---- judging and evaluation (chapter 11) ------------------------------- */
 
 /* Whether an answer refuses; a reflection in <think>...</think> before it is
  * passed over. rule: "xstest" looks at how it begins (Roettger et al., 2024),
@@ -341,7 +341,7 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
                     const char *rule, const char *arm, uint64_t seed,
                     const char *directory, TbrResults *results);
 
-/* ---- experiments (chapter 12) ------------------------------------------------------ */
+/* ---- experiments (chapter 12) ------------------------------------------ */
 
 /* Everything that a command line or a grid file can say; `tbr help VERB` has
  * the meaning of each. Strings are never NULL; "" is none. */
