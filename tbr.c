@@ -3117,8 +3117,8 @@ static void tokens_prompt(TbrTokens *t, const TbrTokenizer *tok,
  * cut: the response gets what the reflection leaves, but at least half.
  * Returns 1 if something was cut. */
 static int tokens_answer(TbrTokens *t, const TbrTokenizer *tok,
-                         const Marks *mark, const char *reflection, const char *response,
-                         size_t room) {
+                         const Marks *mark, const char *reflection,
+                         const char *response, size_t room) {
   TbrTokens r = {0}, a = {0};
   if (reflection) tokens_text(&r, tok, reflection, SIZE_MAX);
   tokens_text(&a, tok, response, SIZE_MAX);
