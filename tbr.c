@@ -5956,6 +5956,7 @@ static int verb_ablate(const TbrOptions *o, char **argument) {
 static int verb_report(const TbrOptions *o, char **argument) {
   TbrResults r = {0};
   results_read(argument[0], &r, NULL);
+  if (!r.n) tbr_fail("%s: has no results in it", argument[0]);
   tbr_report(&r, o->out);
   free(r.row);
   return 0;

@@ -81,6 +81,7 @@ printf '{"arm": "a", "n": 1}\n{"n": 1}\n' >bad.jsonl
 status 1 'bad.jsonl:2' "$TBR" report bad.jsonl
 printf '{"arm": "a", "n": -1}\n' >bad.jsonl
 status 1 '"n" is no count' "$TBR" report bad.jsonl
+status 1 'has no results' "$TBR" report /dev/null
 printf 'dim = 8\ncolour = red\narm a\n' >bad.grid
 status 1 'bad.grid:2: there is no option "colour"' "$TBR" ablate bad.grid --out none
 printf '# nothing\n' >bad.grid
