@@ -47,6 +47,6 @@ lint:
 	  --inline-suppr --error-exitcode=1 tbr.c
 
 clean:
-	rm -rf tbr out test/out .probe.c .probe.out
+	rm -rf tbr test/out .probe.c .probe.out
 
 .PHONY: all test bench portability lint clean

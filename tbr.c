@@ -341,7 +341,7 @@ typedef struct {
 
 static void progress(Progress *p, size_t done, const char *note) {
   /* of several side by side, one is shown */
-  if (omp_get_thread_num() > 0 || !is_terminal(stderr)) return;
+  if (!p->label || omp_get_thread_num() > 0 || !is_terminal(stderr)) return;
   double t = now();
   if (p->began <= 0) p->began = t;
   if (done < p->total && t - p->drawn < 0.2) return;
@@ -4348,6 +4348,7 @@ static int trainer_done(Trainer *t) {
   Json *json = file_exists(path) ? json_read(path) : NULL;
   int done = json && !strcmp(json_string(json, "training", ""), t->mark);
   json_free(json);
+  if (!done) remove(path); /* it would vouch for weights yet to come */
   free(path);
   if (!done) return 0;
   TbrModel *m = tbr_model_load(t->directory);
@@ -4597,7 +4598,7 @@ static int32_t argmax(const real *z, size_t n) {
  * the smallest set that holds top_p of the mass (Holtzman et al., 2020). */
 static int32_t choose(const real *z, size_t n, const TbrSampling *o,
                       Rng *rng) {
-  if (!(o->temperature > 0)) return argmax(z, n);
+  if (!(o->temperature > 1e-6)) return argmax(z, n);
   Choice *c = mem_raw(n, sizeof *c);
   double sum = 0, kept = 0;
   real max = largest(z, n), sharp = (real)(1 / o->temperature);
@@ -4844,6 +4845,9 @@ static Answer *answer_all(const TbrModel *m, const TbrTokenizer *tok,
                           const char *label) {
   Marks mark = marks_needed(tok);
   TbrSampling o = *options;
+  if (m->config.context < 8)
+    tbr_fail("a context of %zu tokens is too short for a dialogue",
+             m->config.context);
   TbrTokens *prompt = mem_new(e->n, sizeof *prompt);
   Answer *answer = mem_new(e->n, sizeof *answer);
   size_t room = m->config.context - 1; /* one for the answer's beginning */
@@ -4863,21 +4867,21 @@ static Answer *answer_all(const TbrModel *m, const TbrTokenizer *tok,
   return answer;
 }
 
-/* The line of results for a label and type, new if need be. */
+/* The line of results for a label and type, new if need be. Names that are
+ * too long are cut before they are compared. */
 static TbrResult *result_line(TbrResults *r, const char *arm, uint64_t seed,
                               const char *label, const char *type) {
-  for (size_t i = 0; i < r->n; i++)
-    if (!strcmp(r->row[i].arm, arm) && r->row[i].seed == seed &&
-        !strcmp(r->row[i].label, label) && !strcmp(r->row[i].type, type))
-      return &r->row[i];
+  TbrResult line = {.seed = seed};
+  snprintf(line.arm, sizeof line.arm, "%s", arm);
+  snprintf(line.label, sizeof line.label, "%s", label);
+  snprintf(line.type, sizeof line.type, "%s", type);
+  for (TbrResult *x = r->row; x < r->row + r->n; x++)
+    if (!strcmp(x->arm, line.arm) && x->seed == seed &&
+        !strcmp(x->label, line.label) && !strcmp(x->type, line.type))
+      return x;
   r->row = mem_grow(r->row, &r->cap, r->n + 1, sizeof *r->row);
-  TbrResult *line = &r->row[r->n++];
-  memset(line, 0, sizeof *line);
-  line->seed = seed;
-  snprintf(line->arm, sizeof line->arm, "%s", arm);
-  snprintf(line->label, sizeof line->label, "%s", label);
-  snprintf(line->type, sizeof line->type, "%s", type);
-  return line;
+  r->row[r->n] = line;
+  return &r->row[r->n++];
 }
 
 /* Counts one judgement. */
@@ -4963,8 +4967,8 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
  * seed. A grid file names the arms and what they share. Every stage leaves
  * its result on disk with a mark of what it was made from, so that a grid
  * that was stopped goes on where it was. Rates come with Wilson intervals
- * (1927) over prompts and, from two seeds on, t-intervals over seeds;
- * differences between arms are paired by seed.
+ * (1927) over prompts (which leave out how seeds differ) and, from two
+ * seeds on, t-intervals over seeds.
  * ====================================================================== */
 
 /* ---- options: one table for grids and for the command line ------------- */
@@ -5136,8 +5140,10 @@ static void grid_arm(Grid *g, char *line, const char *where) {
   TbrOptions *o = &g->arm[g->arms];
   *o = g->shared;
   o->arm = word;
-  if (!word || strpbrk(word, "=/") || strlen(word) > 40)
-    tbr_fail("%s: an arm needs a name: `arm NAME option=value ...`", where);
+  if (!word || strpbrk(word, "=/") || strlen(word) > 40 || *word == '.' ||
+      !strcmp(word, "data") || !strncmp(word, "base", 4))
+    tbr_fail("%s: an arm needs a name (not data, nor base...): `arm NAME "
+             "option=value ...`", where);
   for (size_t i = 0; i < g->arms; i++)
     if (!strcmp(g->arm[i].arm, word))
       tbr_fail("%s: there is an arm \"%s\" already", where, word);
@@ -5405,7 +5411,7 @@ static void results_add(TbrResults *to, const TbrResults *from) {
 /* Adds the results in a file; with cell, only if they carry that mark.
  * Returns whether it did. */
 static int results_read(const char *path, TbrResults *r, const char *cell) {
-  size_t number = 0;
+  size_t number = 0, before = r->n;
   char *text = read_file(path, NULL);
   for (char *line = text; *line;) {
     size_t len = strcspn(line, "\n");
@@ -5415,6 +5421,7 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
     if (!arm || (cell && strcmp(mark, cell))) {
       json_free(j);
       free(text);
+      r->n = before;
       if (arm) return 0;
       tbr_fail("%s:%zu: is no line of results: it names no arm", path, number);
     }
@@ -5432,7 +5439,7 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
     line += len + (line[len] == '\n');
   }
   free(text);
-  return 1;
+  return number > 0;
 }
 
 /* ---- the grid ---------------------------------------------------------- */
@@ -5585,11 +5592,14 @@ static size_t total(const TbrResults *r, const char *arm, const char *label,
   return sum;
 }
 
-/* Whether line i is the first of its arm (field 0) or of its type (1). */
+/* Whether line i is the first of its arm (field 0), or of its type and label
+ * (1). */
 static int first_of(const TbrResults *r, size_t i, int field) {
   const TbrResult *x = r->row;
   for (size_t k = 0; k < i; k++)
-    if (!strcmp(field ? x[k].type : x[k].arm, field ? x[i].type : x[i].arm))
+    if (field ? !strcmp(x[k].type, x[i].type) &&
+                    !strcmp(x[k].label, x[i].label)
+              : !strcmp(x[k].arm, x[i].arm))
       return 0;
   return 1;
 }
@@ -5723,6 +5733,7 @@ void tbr_ablate(const char *grid, const char *const *over,
                 TbrResults *results) {
   Grid g = grid_read(grid, over);
   size_t seeds = g.shared.seeds, cells = seeds * g.arms;
+  if (!seeds) tbr_fail("%s: seeds must be at least 1", grid);
   Job *cell = mem_new(cells, sizeof *cell);
   Job **base = mem_new(cells, sizeof *base);
   Job **all = mem_new(cells, sizeof *all);
@@ -5888,7 +5899,7 @@ static int verb_generate(const TbrOptions *o, char **argument) {
   if (has_marks(&mark)) {
     tokens_prompt(&prompt, p.tok, &mark, o->prompt);
   } else {
-    tokens_add(&prompt, mark.bos);
+    if (mark.bos >= 0) tokens_add(&prompt, mark.bos);
     if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, SIZE_MAX);
   }
   TbrTokens *said = tbr_generate(p.model, &prompt, 1, &s, NULL);

@@ -368,7 +368,7 @@ void tbr_eval(const TbrOptions *options, const char *directory,
 void tbr_ablate(const char *grid, const char *const *over,
                 TbrResults *results);
 
-/* Prints the tables, and writes report.md and results.csv. */
+/* Prints the tables, and writes report.md. */
 void tbr_report(const TbrResults *results, const char *directory);
 
 /* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
