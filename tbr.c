@@ -2032,7 +2032,8 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
 static const struct { const char *name; size_t at; } example_field[] = {
     IN_ROW(prompt), IN_ROW(reflection), IN_ROW(response), IN_ROW(label),
     IN_ROW(type), IN_ROW(source), IN_ROW(key), IN_ROW(id), IN_ROW(filler),
-    IN_ROW(label_only)};
+    IN_ROW(label_only), IN_ROW(reworded), IN_ROW(wrong), IN_ROW(asked),
+    IN_ROW(lead)};
 enum { EXAMPLE_FIELDS = sizeof example_field / sizeof *example_field };
 
 /* The place of a field, by its number in example_field. */
@@ -4983,10 +4984,8 @@ static const TbrOptions default_options = {
     .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
     .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
     .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,
-    .lr = 1e-3, .top_p = 1};
-
-/* How much of the built-in world one seed draws. */
-static const TbrWorldSizes default_sizes = {66000, 1500, 1000, 400, 180, 150};
+    .lr = 1e-3, .top_p = 1,
+    .sizes = {66000, 1500, 1000, 100, 20, 400, 180, 150}};
 
 #define FIELD(name) offsetof(TbrOptions, name)
 /* kind: s text, n whole number, d number; verbs: the letters (see chapter 13)
@@ -4998,6 +4997,14 @@ static const struct {
   const char *verbs, *help;
 } option[] = {
     {"world", 's', FIELD(world), "da", "directory of the world's files"},
+    {"documents", 'n', FIELD(sizes.documents), "da", "of pretraining, to make"},
+    {"make.general", 'n', FIELD(sizes.general), "da", "general rows to make"},
+    {"make.safety", 'n', FIELD(sizes.safety), "da", "safety rows to make"},
+    {"make.pseudo", 'n', FIELD(sizes.pseudo), "da", "pseudo-harmful rows"},
+    {"make.bridge", 'n', FIELD(sizes.bridge), "da", "rows of another harm"},
+    {"test.pseudo", 'n', FIELD(sizes.eval_pseudo), "da", "pseudo-harmful tests"},
+    {"test.harmful", 'n', FIELD(sizes.eval_harmful), "da", "harmful tests"},
+    {"test.general", 'n', FIELD(sizes.eval_general), "da", "ordinary tests"},
     {"in", 's', FIELD(in), "d", "examples to convert; none: make the world's"},
     {"form", 's', FIELD(form), "d", "to convert to: native or messages"},
     {"model", 's', FIELD(model), "sge", "a model directory, or a .bin file"},
@@ -5744,7 +5751,7 @@ void tbr_ablate(const char *grid, const char *const *over,
     for (size_t a = 0; a < g.arms; a++)
       cell[s * g.arms + a] = job_of(&g.arm[a], &g.shared, seed);
     if (*g.shared.world)
-      tbr_world_make(g.shared.world, seed, &default_sizes, data);
+      tbr_world_make(g.shared.world, seed, &g.shared.sizes, data);
     free(data);
   }
   size_t bases = bases_of(base, cell, cells);
@@ -5840,7 +5847,7 @@ static int verb_data(const TbrOptions *o, char **argument) {
     fprintf(stderr, "tbr: %s: %zu examples\n", o->out, e.n);
     tbr_examples_free(&e);
   } else {
-    tbr_world_make(o->world, o->seed, &default_sizes, o->out);
+    tbr_world_make(o->world, o->seed, &o->sizes, o->out);
   }
   return 0;
 }

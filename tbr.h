@@ -119,6 +119,10 @@ typedef struct {
   char *id;
   char *filler;     /* control: as long as a reflection, and says nothing */
   char *label_only; /* control: the verdict of the reflection alone */
+  char *reworded;   /* the reflection in words that pretraining never used */
+  char *wrong;      /* the reflection with the wrong verdict */
+  char *asked;      /* the prompt with a request to think first */
+  char *lead;       /* where a base model goes on with its own reflection */
 } TbrExample;
 
 /* A list of examples, which starts as {0}. */
@@ -129,8 +133,7 @@ typedef struct {
 
 /* Reads a file of examples in any known form, told from its content:
  * JSON Lines or one JSON array, whose rows are native ({prompt, reflection,
- * response, label, type, source, key, id, filler, label_only}, all but the
- * first may be absent), Alpaca's {instruction, input, output}, {question,
+ * response, label, ...} as in TbrExample, all but the first may be absent), Alpaca's {instruction, input, output}, {question,
  * response}, chats {messages}, or {prompt, completion} as texts or as lists
  * of turns; or CSV with a header that has `prompt`, as XSTest's. A response
  * that begins with <think>...</think> is divided into reflection and
@@ -147,9 +150,10 @@ void tbr_examples_write(const char *path, const TbrExamples *examples,
 void tbr_examples_add(TbrExamples *examples, TbrExample copy_of);
 void tbr_examples_free(TbrExamples *examples);
 
-/* How many documents and rows tbr_world_make draws. */
+/* How many documents, rows for fine-tuning and tests tbr_world_make draws. */
 typedef struct {
-  size_t documents, general, safety, eval_pseudo, eval_harmful, eval_general;
+  size_t documents, general, safety, pseudo, bridge;
+  size_t eval_pseudo, eval_harmful, eval_general;
 } TbrWorldSizes;
 
 /* Expands lexicon.txt and templates.txt of world_directory under a seed, and
@@ -349,6 +353,7 @@ typedef struct {
   const char *world, *out, *base, *model, *tokenizer, *general, *safety,
       *prompts, *text, *prompt, *in, *form, *rule, *reflection, *style,
       *too_long, *arm;
+  TbrWorldSizes sizes;
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
   size_t steps, batch, warmup, rows, save_every, general_rows, safety_rows;

@@ -277,7 +277,7 @@ static char *made(const char *name) {
 }
 
 static void make_small(uint64_t seed) {
-  TbrWorldSizes sizes = {300, 6, 6, 8, 4, 3};
+  TbrWorldSizes sizes = {300, 6, 6, 0, 0, 8, 4, 3};
   char *out = format_string("%s/made", scratch);
   tbr_world_make(scratch, seed, &sizes, out);
   free(out);
@@ -441,7 +441,7 @@ static void test_hostile(const char *directory, size_t rounds) {
   static const char *const name[] = {"lexicon.txt", "templates.txt"};
   static const char odd[] = "|;/{}@=!-_~. \n#*\x80""0a";
   Rng rng = rng_stream(1, 99, 0);
-  TbrWorldSizes sizes = {50, 10, 10, 10, 5, 5};
+  TbrWorldSizes sizes = {50, 10, 10, 0, 0, 10, 5, 5};
   char *out = format_string("%s/made", scratch);
   size_t good = 0;
   for (size_t k = 0; k < rounds; k++) {
