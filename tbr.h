@@ -351,14 +351,15 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
  * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
   const char *world, *out, *base, *model, *tokenizer, *general, *safety,
-      *prompts, *text, *prompt, *in, *form, *rule, *reflection, *style,
-      *too_long, *arm;
+      *bridge, *pseudo, *prompts, *text, *prompt, *in, *form, *rule,
+      *reflection, *style, *too_long, *arm, *mix, *of, *by, *baseline, *grid;
   TbrWorldSizes sizes;
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
   size_t steps, batch, warmup, rows, save_every, general_rows, safety_rows;
-  size_t limit, tokens, show, threads;
-  double pretrain_lr, pretrain_decay, lr, decay, share, temperature, top_p;
+  size_t bridge_rows, pseudo_rows, filter, think, limit, tokens, show, threads;
+  double pretrain_lr, pretrain_decay, lr, decay, share, asked, noise;
+  double temperature, top_p;
 } TbrOptions;
 
 /* The stages of an experiment, each from files to files in directory. */
@@ -373,8 +374,9 @@ void tbr_eval(const TbrOptions *options, const char *directory,
 void tbr_ablate(const char *grid, const char *const *over,
                 TbrResults *results);
 
-/* Prints the tables, and writes report.md. */
-void tbr_report(const TbrResults *results, const char *directory);
+/* Prints the tables, with the claims of options->grid decided by their own
+ * rules, and writes report.md and report.csv into options->out. */
+void tbr_report(const TbrResults *results, const TbrOptions *options);
 
 /* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
  * the mean of n numbers with half of its 95% t-interval. */
