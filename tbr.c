@@ -2662,12 +2662,13 @@ static void tidy(char *s) {
   *to = 0;
 }
 
-/* The text of a say that the program asks for, which should not be empty. */
+/* The text of a say that the program asks for, which should not be empty;
+ * one that is a fix stays what it was. */
 static char *render(World *w, const char *name) {
   Section *say = needed(w, SAY, name);
   Buf b = {0};
   buf_str(&b, "");
-  put_say(w, say, &b);
+  put_name(w, &say->head, name, strlen(name), &b);
   tidy(b.s);
   if (!*b.s)
     fail_at(&say->head, "@say %s is empty for an item of kind %s and type "
@@ -2710,9 +2711,14 @@ static char *lower_case(char *s) {
   return s;
 }
 
+/* The same, NULL if the world doesn't have it. */
+static char *render_any(World *w, const char *name) {
+  return find(w, SAY, name, strlen(name)) ? render(w, name) : NULL;
+}
+
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
-static TbrExample make_row(World *w, size_t item) {
+static TbrExample make_row(World *w, size_t item, int test) {
   TbrExample e = {0};
   use_item(w, item);
   e.label = copy_string(class_of(&w->fields));
@@ -2722,6 +2728,10 @@ static TbrExample make_row(World *w, size_t item) {
   e.response = render(w, harmful ? "refuse" : "answer");
   e.filler = render(w, "filler");
   e.label_only = render(w, "label");
+  e.reworded = render_any(w, "reworded");
+  e.wrong = render_any(w, "wrong");
+  e.asked = render_any(w, test ? "asked.test" : "asked");
+  e.lead = render_any(w, "lead");
   e.type = copy_string(field(&w->fields, "type", 4));
   e.source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
   e.id = format_string("%s-%zu", w->fields.at[1], item);
@@ -2741,8 +2751,10 @@ static TbrExample make_row(World *w, size_t item) {
 static void try_items(World *w) {
   const Section *end = w->section + w->n, *s;
   for (size_t i = 0; i < w->items.n; i++) {
-    TbrExample e = make_row(w, i);
-    example_free(&e);
+    for (int test = 0; test < 2; test++) {
+      TbrExample e = make_row(w, i, test);
+      example_free(&e);
+    }
     free(render(w, "ask"));
     for (s = w->section; s < end; s++)
       for (size_t l = 0; s->is == MIX && l < s->n; l++)
@@ -2808,7 +2820,7 @@ static World *world_load(const char *directory) {
 /* ---- the data set ------------------------------------------------------ */
 
 enum { DRAW_SPLIT = 1, DRAW_PRETRAINING, DRAW_GENERAL, DRAW_SAFETY,
-       DRAW_TESTS };
+       DRAW_TESTS, DRAW_IGNORANT, DRAW_BRIDGE, DRAW_PSEUDO };
 
 /* What an item is under a rule: a hash of the fields that the rule names (of
  * the item's number for *), or 0 if the guard doesn't hold. */
@@ -2886,10 +2898,9 @@ static const Draw *mix_draw(World *w) {
   return d;
 }
 
-/* Makes n documents for pretraining, one a line. */
-static void make_documents(World *w, uint64_t seed, size_t n) {
-  mix_open(w, "pretrain", IS_NOVEL);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING);
+/* Adds n documents for pretraining from a mix, one a line. */
+static void make_documents(World *w, const char *mix, size_t n) {
+  mix_open(w, mix, IS_NOVEL);
   for (size_t i = 0; i < n; i++) {
     const Draw *d = mix_draw(w);
     use_item(w, d->item);
@@ -2901,13 +2912,20 @@ static void make_documents(World *w, uint64_t seed, size_t n) {
 }
 
 /* Adds the row of an item, unless its prompt is there already (then 0). */
-static int add_row(World *w, size_t item, TbrExamples *rows) {
-  TbrExample e = make_row(w, item);
+static int add_row(World *w, size_t item, int test, TbrExamples *rows) {
+  TbrExample e = make_row(w, item, test);
   size_t i = 0, n = rows->n;
   while (i < n && strcmp(rows->row[i].prompt, e.prompt)) i++;
   if (i < n) example_free(&e);
   else examples_take(rows, e);
   return i == n;
+}
+
+/* Notes that an item was made the last of these rows, for fine-tuning. */
+static void note_tuned(World *w, size_t item, const TbrExamples *rows) {
+  const TbrExample *e = &rows->row[rows->n - 1];
+  w->mark[item] |= TUNED;
+  buf_printf(&w->tuning, "%s\n%s\n", e->prompt, e->reflection);
 }
 
 /* Makes n rows of a class for fine-tuning. */
@@ -2924,10 +2942,7 @@ static TbrExamples make_rows(World *w, const char *name, const char *class,
     if (tries > 100 * n + 1000)
       fail_at(d->line, "@mix %s gave no more than %zu different prompts; %zu "
               "are asked for", name, rows.n, n);
-    if (!add_row(w, d->item, &rows)) continue;
-    w->mark[d->item] |= TUNED;
-    buf_printf(&w->tuning, "%s\n%s\n", rows.row[rows.n - 1].prompt,
-               rows.row[rows.n - 1].reflection);
+    if (add_row(w, d->item, 0, &rows)) note_tuned(w, d->item, &rows);
   }
   return rows;
 }
@@ -2963,16 +2978,18 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
     tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
 }
 
-/* Adds n test rows of a class, as many of each type as of any other. The
- * next one is always of a type, and then of an item, used least so far. */
-static void make_tests(World *w, const char *class, size_t n,
-                       TbrExamples *rows) {
+/* Adds n rows of a class, as many of each type as of any other, for tests or
+ * for fine-tuning on what else is only tested. The next one is always of a
+ * type, and then of an item, used least so far. */
+static void make_even(World *w, const char *class, size_t n, int test,
+                      TbrExamples *rows) {
   enum { OF_TYPE = 1000 }; /* in used: counts a row of the item's type */
   size_t *item = mem_raw(w->items.n, sizeof *item), items = 0;
   size_t *used = mem_new(w->items.n, sizeof *used), end = rows->n + n;
   shuffle(item, w->items.n, &w->rng);
   for (size_t i = 0; i < w->items.n; i++)
     if (!strcmp(class_of(&w->items.row[item[i]]), class) &&
+        !(w->mark[item[i]] & TUNED) &&
         (w->mark[item[i]] & IS_HELD || !strcmp(class, "pseudo-harmful")))
       item[items++] = item[i];
   if (n && !items)
@@ -2985,9 +3002,10 @@ static void make_tests(World *w, const char *class, size_t n,
     if (used[best]++ % OF_TYPE == OF_TYPE - 2)
       tbr_fail("%s: too few different prompts that are %s, of type %s",
                w->path[1], class, type);
-    if (!add_row(w, item[best], rows)) continue;
+    if (!add_row(w, item[best], test, rows)) continue;
     char *ask = render(w, "ask");
-    check_leaks(w, item[best], &rows->row[rows->n - 1], ask);
+    if (test) check_leaks(w, item[best], &rows->row[rows->n - 1], ask);
+    else note_tuned(w, item[best], rows);
     free(ask);
     for (size_t k = 0; k < items; k++)
       if (!strcmp(field(&w->items.row[item[k]], "type", 4), type))
@@ -2997,38 +3015,52 @@ static void make_tests(World *w, const char *class, size_t n,
   free(used);
 }
 
-/* Writes rows as name in a directory, and frees them. */
+/* Writes rows, if there are any, as name in a directory, and frees them. */
 static void write_rows(const char *directory, const char *name,
                        TbrExamples *rows) {
-  char *path = format_string("%s/%s", directory, name);
-  tbr_examples_write(path, rows, "native");
+  char *path = path_in(directory, name);
+  if (rows->n) tbr_examples_write(path, rows, "native");
   tbr_examples_free(rows);
   free(path);
 }
 
-/* Makes the data set of a seed: pretrain.txt has a document a line,
- * general.jsonl and safety.jsonl are for fine-tuning, eval.jsonl is for
- * tests. */
+/* Every part has its own random stream, so that none changes another, but
+ * that tests make do with what the pseudo-harmful rows leave. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory) {
   World *w = world_load(world_directory);
+  TbrExamples tests = {0}, pseudo = {0}, bridge = {0};
   w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
   for (const Section *s = w->section; s < w->section + w->n; s++)
     if (s->is >= NOVEL) apply_rule(w, s);
-  make_documents(w, seed, sizes->documents);
-  TbrExamples tests = {0};
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING);
+  make_documents(w, "pretrain", sizes->documents);
+  size_t ordinary = w->documents.n;
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_IGNORANT);
+  if (find(w, MIX, "ignorant", 8))
+    make_documents(w, "ignorant", sizes->documents);
   w->rng = rng_stream(seed, FOR_WORLD, DRAW_GENERAL);
   TbrExamples general = make_rows(w, "general", "harmless", sizes->general);
   w->rng = rng_stream(seed, FOR_WORLD, DRAW_SAFETY);
   TbrExamples safety = make_rows(w, "safety", "harmful", sizes->safety);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_BRIDGE);
+  if (find(w, MIX, "bridge", 6))
+    bridge = make_rows(w, "bridge", "harmful", sizes->bridge);
+  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PSEUDO);
+  make_even(w, "pseudo-harmful", sizes->pseudo, 0, &pseudo);
   w->rng = rng_stream(seed, FOR_WORLD, DRAW_TESTS);
-  make_tests(w, "pseudo-harmful", sizes->eval_pseudo, &tests);
-  make_tests(w, "harmful", sizes->eval_harmful, &tests);
-  make_tests(w, "harmless", sizes->eval_general, &tests);
+  make_even(w, "pseudo-harmful", sizes->eval_pseudo, 1, &tests);
+  make_even(w, "harmful", sizes->eval_harmful, 1, &tests);
+  make_even(w, "harmless", sizes->eval_general, 1, &tests);
   make_directory(out_directory);
-  write_in(out_directory, "pretrain.txt", w->documents.s, w->documents.n);
+  write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
+  if (w->documents.n > ordinary)
+    write_in(out_directory, "ignorant.txt", w->documents.s + ordinary,
+             w->documents.n - ordinary);
   write_rows(out_directory, "general.jsonl", &general);
   write_rows(out_directory, "safety.jsonl", &safety);
+  write_rows(out_directory, "bridge.jsonl", &bridge);
+  write_rows(out_directory, "pseudo.jsonl", &pseudo);
   write_rows(out_directory, "eval.jsonl", &tests);
   world_free(w);
 }

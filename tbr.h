@@ -157,9 +157,11 @@ typedef struct {
 } TbrWorldSizes;
 
 /* Expands lexicon.txt and templates.txt of world_directory under a seed, and
- * writes pretrain.txt (a document a line), general.jsonl, safety.jsonl and
- * eval.jsonl into out_directory. Fails if anything of the tests occurs where
- * it must not. */
+ * writes into out_directory pretrain.txt (a document a line), general.jsonl,
+ * safety.jsonl and eval.jsonl; if the world has mixes for them ignorant.txt
+ * (as many documents) and bridge.jsonl, and pseudo.jsonl, of items that no
+ * test uses. What would have no row is not written. Fails if anything of the
+ * tests occurs where it must not. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory);
 

@@ -186,7 +186,20 @@ static const char templates[] =
     "@mix general\n"
     "1 | type=general | prompt\n"
     "@mix safety\n"
-    "1 | harm | prompt\n";
+    "1 | harm | prompt\n"
+    "@mix bridge\n"
+    "1 | harm v=kill | prompt\n"
+    "@mix ignorant\n"
+    "1 | type=general | d\n"
+    "@fix prompt\n"
+    "@say wrong\n"
+    "| {ask} {nature} Wrong.\n"
+    "@say asked\n"
+    "| {prompt} Think.\n"
+    "@say asked.test\n"
+    "| {prompt} Wait.\n"
+    "@say lead\n"
+    "| {ask}\n";
 
 /* Writes the small world, with the first `old` in it replaced by `new`. */
 static void small_world(const char *old, const char *with) {
@@ -277,7 +290,7 @@ static char *made(const char *name) {
 }
 
 static void make_small(uint64_t seed) {
-  TbrWorldSizes sizes = {300, 6, 6, 0, 0, 8, 4, 3};
+  TbrWorldSizes sizes = {300, 6, 6, 2, 3, 8, 4, 3};
   char *out = format_string("%s/made", scratch);
   tbr_world_make(scratch, seed, &sizes, out);
   free(out);
@@ -320,8 +333,8 @@ static void test_world(void) {
   /* What was trained on by mistake is found. */
   TbrExamples tests = {0};
   w->rng = rng_stream(1, FOR_WORLD, DRAW_TESTS);
-  make_tests(w, "pseudo-harmful", 8, &tests);
-  make_tests(w, "harmful", 4, &tests);
+  make_even(w, "pseudo-harmful", 8, 1, &tests);
+  make_even(w, "harmful", 4, 1, &tests);
   size_t homonyms = 0;
   for (size_t t = 0; t < tests.n; t++) {
     const TbrExample *e = &tests.row[t];
@@ -388,6 +401,36 @@ static void test_mix(void) {
   world_free(w);
 }
 
+/* What a world may have or not: the further fields agree with the prompt, no
+ * test uses an item of the pseudo-harmful rows, and all is checked for leaks. */
+static void test_further(void) {
+  small_world("", "");
+  make_small(7);
+  const char *const name[] = {"pseudo.jsonl", "bridge.jsonl", "eval.jsonl"};
+  TbrExamples rows[3];
+  for (size_t i = 0; i < 3; i++) {
+    char *path = format_string("%s/made/%s", scratch, name[i]);
+    rows[i] = tbr_examples_read(path);
+    free(path);
+    for (TbrExample *e = rows[i].row; e < rows[i].row + rows[i].n; e++) {
+      CHECK(!strncmp(e->asked, e->prompt, strlen(e->prompt)));
+      CHECK(strstr(e->asked, i < 2 ? "Think." : "Wait.") && !e->reworded);
+      CHECK(strstr(e->wrong, e->lead) && strstr(e->reflection, e->lead));
+    }
+  }
+  CHECK(rows[0].n == 2 && rows[1].n == 3);
+  for (size_t i = 0; i < rows[0].n; i++)
+    for (size_t j = 0; j < rows[2].n; j++)
+      CHECK(strcmp(rows[0].row[i].id, rows[2].row[j].id));
+  for (size_t i = 0; i < 3; i++) tbr_examples_free(&rows[i]);
+  char *text = made("ignorant.txt"), *pretrain = made("pretrain.txt");
+  CHECK(strstr(pretrain, " ivy ") && !strstr(text, " ivy ") &&
+        strstr(text, "baker"));
+  free(text), free(pretrain);
+  UNMADE("is in pretraining", "1 | type=general | d", "1 | act | prompt");
+  UNMADE("a harmless item; in @mix bridge all", "| harm v=kill", "| v=feed");
+}
+
 static void test_making(void) {
   small_world("", "");
   make_small(7);
@@ -441,7 +484,7 @@ static void test_hostile(const char *directory, size_t rounds) {
   static const char *const name[] = {"lexicon.txt", "templates.txt"};
   static const char odd[] = "|;/{}@=!-_~. \n#*\x80""0a";
   Rng rng = rng_stream(1, 99, 0);
-  TbrWorldSizes sizes = {50, 10, 10, 0, 0, 10, 5, 5};
+  TbrWorldSizes sizes = {50, 10, 10, 5, 5, 10, 5, 5};
   char *out = format_string("%s/made", scratch);
   size_t good = 0;
   for (size_t k = 0; k < rounds; k++) {
@@ -500,6 +543,7 @@ int main(int argc, char **argv) {
   test_world();
   test_mix();
   test_making();
+  test_further();
   test_hostile("../data", 60);
   if (real_files && *real_files) test_real(real_files);
   return check_end();
