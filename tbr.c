@@ -1360,10 +1360,12 @@ static uint64_t *map_put(Map *m, uint64_t key) {
  * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* A token's name is how tokenizer.json spells its bytes. */
+/* A token's name is how tokenizer.json spells its bytes; its rank is that of
+ * the first merge that makes it, from 1 on, or 0. */
 typedef struct {
   Buf name, bytes;
   int kind;
+  size_t rank;
 } Token;
 
 /* Two tokens that become one. */
@@ -1378,8 +1380,7 @@ struct TbrTokenizer {
   Map names;         /* from the hash of a name to its token + 1 */
   int32_t byte[256]; /* the token of a byte, + 1 */
   Merge *merge;      /* in the order of the file; pairs.n of them */
-  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first;
-                        ranks start at 1 */
+  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
@@ -1457,15 +1458,25 @@ static size_t token_add(TbrTokenizer *t, int kind, const char *name, size_t n,
   return t->n - 1;
 }
 
-/* Appends a merge; of a pair that comes twice the first counts. */
-static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id,
-                      size_t rank) {
+/* Appends a merge; of a pair that comes twice the first counts. All merges
+ * that make the same piece share a rank, so that the leftmost goes first, as
+ * in SentencePiece. */
+static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id) {
   Merge m = {(int32_t)left, (int32_t)right};
   uint64_t *value = map_put(&t->pairs, pair_of(m.left, m.right));
+  Token *whole = &t->token[id];
   if (*value) return;
-  *value = (uint64_t)rank << 32 | id;
+  if (!t->pieces || !whole->rank) whole->rank = t->pairs.n;
+  *value = (uint64_t)whole->rank << 32 | id;
   t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof m);
   t->merge[t->pairs.n - 1] = m;
+}
+
+/* What pairs has on two symbols; NO_MERGE, above all ranks, if nothing. */
+#define NO_MERGE UINT64_MAX
+static uint64_t merge_of(const TbrTokenizer *t, int32_t left, int32_t right) {
+  uint64_t merge = map_get(&t->pairs, pair_of(left, right));
+  return merge ? merge : NO_MERGE;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->n; }
@@ -1533,104 +1544,64 @@ static size_t word_length(const char *s, size_t n) {
   return class == ' ' && i < n && i > 1 ? i - 1 : i;
 }
 
-/* The symbols of a word, in a ring; symbol 0 is both ends of it, and has no
- * token. And a heap of chances to merge: the rank in the upper half, the left
- * symbol in the lower, the lowest on top. */
-typedef struct {
-  const TbrTokenizer *t;
-  struct Symbol { int32_t id; uint32_t before, after; } *symbol;
-  uint64_t *heap;
-  size_t symbols, chances;
-} Merger;
-
-/* The merge of a symbol with the next as in pairs, 0 if there is none. */
-static uint64_t merge_at(const Merger *m, size_t at) {
-  const struct Symbol *s = &m->symbol[at];
-  return map_get(&m->t->pairs, pair_of(s->id, m->symbol[s->after].id));
-}
-
-/* Puts the merge of a symbol with the next on the heap, if there is one. */
-static void chance_add(Merger *m, size_t at) {
-  uint64_t merge = merge_at(m, at), chance = merge >> 32 << 32 | at;
-  if (!merge) return;
-  size_t i = m->chances++;
-  for (; i && chance < m->heap[(i - 1) / 2]; i = (i - 1) / 2)
-    m->heap[i] = m->heap[(i - 1) / 2];
-  m->heap[i] = chance;
-}
-
-/* Takes the best chance from the heap. */
-static uint64_t chance_take(Merger *m) {
-  uint64_t best = m->heap[0], last = m->heap[--m->chances];
-  size_t i = 0;
-  for (size_t child; (child = 2 * i + 1) < m->chances; i = child) {
-    if (child + 1 < m->chances && m->heap[child + 1] < m->heap[child]) child++;
-    if (m->heap[child] >= last) break;
-    m->heap[i] = m->heap[child];
-  }
-  m->heap[i] = last;
-  return best;
-}
-
-/* Appends a symbol; the ring is closed behind it. */
-static void symbol_add(Merger *m, int32_t id) {
-  uint32_t i = (uint32_t)m->symbols++;
-  m->symbol[i] = (struct Symbol){id, i - 1, 0};
-  if (i) m->symbol[i - 1].after = i;
-}
-
-/* Adds the characters of pieces, and bytes where there are none. */
-static void symbols_add(Merger *m, const char *s, size_t n) {
+/* The symbols of a text before any merge: its bytes; in pieces its characters,
+ * and the bytes of those that are no token. Returns how many. */
+static size_t symbols_of(const TbrTokenizer *t, const char *s, size_t n,
+                         int32_t *to) {
+  size_t count = 0;
   for (const char *end = s + n; s < end; s += n) {
     uint32_t code = 0x2581; /* in a text, this is not the blank it stands for */
     size_t id = SIZE_MAX;
-    n = m->t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
-    if (code == ' ') id = token_find(m->t, TEXT, "\xe2\x96\x81", 3);
-    else if (code != 0x2581) id = token_find(m->t, TEXT, s, n);
-    if (id != SIZE_MAX) symbol_add(m, (int32_t)id);
+    n = t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
+    if (code == ' ') id = token_find(t, TEXT, "\xe2\x96\x81", 3);
+    else if (code != 0x2581) id = token_find(t, TEXT, s, n);
+    if (id != SIZE_MAX) to[count++] = (int32_t)id;
     n += !n;
     for (size_t i = 0; id == SIZE_MAX && i < n; i++)
-      symbol_add(m, m->t->byte[(unsigned char)s[i]] - 1);
+      to[count++] = t->byte[(unsigned char)s[i]] - 1;
   }
+  return count;
 }
 
-/* Merges the symbols as far as they go. */
-static void merge_all(Merger *m) {
-  for (size_t i = 1; i < m->symbols; i++) chance_add(m, i);
-  while (m->chances) {
-    uint64_t chance = chance_take(m);
-    uint32_t at = (uint32_t)(chance & UINT32_MAX);
-    uint64_t merge = merge_at(m, at);
-    if (merge >> 32 != chance >> 32) continue; /* out of date */
-    struct Symbol *left = &m->symbol[at], *right = &m->symbol[left->after];
-    left->id = (int32_t)(merge & INT32_MAX);
-    right->id = -1;
-    left->after = right->after;
-    m->symbol[left->after].before = at;
-    chance_add(m, left->before);
-    chance_add(m, at);
+/* Merges n symbols as far as it goes; returns how many are left. merge, room
+ * for n, holds the merge of each symbol with the next. A pass merges what has
+ * the best rank from left to right, unless that makes a pair of a better one,
+ * which then goes first. */
+static size_t merge_all(const TbrTokenizer *t, int32_t *id, uint64_t *merge,
+                        size_t n) {
+  for (size_t i = 0; i < n; i++)
+    merge[i] = i + 1 < n ? merge_of(t, id[i], id[i + 1]) : NO_MERGE;
+  for (;;) {
+    uint64_t best = NO_MERGE;
+    for (size_t i = 0; i < n; i++)
+      if (merge[i] < best) best = merge[i];
+    if (best == NO_MERGE) return n;
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++, to++) {
+      id[to] = id[i], merge[to] = merge[i];
+      if (merge[to] != best) continue;
+      id[to] = (int32_t)(best & INT32_MAX);
+      merge[to] = ++i + 1 < n ? merge_of(t, id[to], id[i + 1]) : NO_MERGE;
+      if (to) merge[to - 1] = merge_of(t, id[to - 1], id[to]);
+      if (merge[to] < best || (to && merge[to - 1] < best)) best = 0;
+    }
+    n = to;
   }
 }
 
 size_t tbr_encode(const TbrTokenizer *t, const char *text, size_t n,
                   int32_t **ids) {
-  if (n >= UINT32_MAX - 8) tbr_fail("a text of more than 4 GiB to be encoded");
-  Merger m = {t, mem_raw(n + 2, sizeof *m.symbol), NULL, 0, 0};
-  m.heap = mem_raw(n + 2, 3 * sizeof *m.heap); /* each merge adds two chances */
+  uint64_t *merge = mem_raw(n + 1, sizeof *merge);
   *ids = mem_raw(n + 1, sizeof **ids);
   size_t count = 0;
   for (size_t at = 0, length; at < n; at += length) {
+    int32_t *word = *ids + count;
+    size_t blank = t->pieces ? symbols_of(t, " ", 1, word) : 0;
     length = t->pieces ? n : word_length(text + at, n - at);
-    m.symbols = 0;
-    symbol_add(&m, -1);
-    if (t->pieces) symbols_add(&m, " ", 1);
-    symbols_add(&m, text + at, length);
-    merge_all(&m);
-    for (size_t i = m.symbol[0].after; i; i = m.symbol[i].after)
-      (*ids)[count++] = m.symbol[i].id;
+    count += merge_all(t, word, merge, blank + symbols_of(t, text + at, length,
+                                                          word + blank));
   }
-  free(m.symbol);
-  free(m.heap);
+  free(merge);
   return count;
 }
 
@@ -1744,7 +1715,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     buf_printf(&name, "%s%s", t->token[left].name.s, t->token[right].name.s);
     size_t id = token_find(t, TEXT, name.s, name.n);
     if (id == SIZE_MAX) id = token_add(t, TEXT, name.s, name.n, "");
-    merge_add(t, left, right, id, t->pairs.n + 1);
+    merge_add(t, left, right, id);
     corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
   buf_free(&name);
@@ -1828,10 +1799,8 @@ static void json_tokens(TbrTokenizer *t, const Json *root) {
   }
 }
 
-/* Adds the merges. Those of one piece share a rank, so that the leftmost
- * goes first, as in SentencePiece. */
+/* Adds the merges. */
 static void json_merges(TbrTokenizer *t, const Json *merges) {
-  size_t *first = mem_new(t->n, sizeof *first), rank = 0;
   Buf b = {0};
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
@@ -1851,12 +1820,9 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
       tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
                "\"]; this has a part or makes a whole, \"%.300s\", which is no "
                "token", m->path, m->line, b.s);
-    rank++;
-    if (!first[id] || !t->pieces) first[id] = rank;
-    merge_add(t, part[0], part[1], id, first[id]);
+    merge_add(t, part[0], part[1], id);
   }
   buf_free(&b);
-  free(first);
 }
 
 static TbrTokenizer *load_json(const char *path) {
@@ -1889,8 +1855,9 @@ static int by_number(const void *a, const void *b) {
   return (*x > *y) - (*x < *y);
 }
 
-/* Whatever two tokens make a third can be merged. order has the rank of each
- * token in its upper half, the token in the lower. */
+/* Whatever two tokens make a third can be merged. order has the score of each
+ * token in its upper half, the best the lowest, and the token in the lower:
+ * of equal scores the lower token goes first, which a list of merges can say. */
 static void derive_merges(TbrTokenizer *t, uint64_t *order) {
   if (t->n) qsort(order, t->n, sizeof *order, by_number);
   for (size_t i = 0; i < t->n; i++) {
@@ -1900,7 +1867,7 @@ static void derive_merges(TbrTokenizer *t, uint64_t *order) {
       size_t left = token_find(t, TEXT, s, cut);
       size_t right = token_find(t, TEXT, s + cut, n - cut);
       if (left != SIZE_MAX && right != SIZE_MAX)
-        merge_add(t, left, right, id, (size_t)(order[i] >> 32));
+        merge_add(t, left, right, id);
     }
   }
 }

@@ -434,6 +434,22 @@ static void test_pieces(void) {
   round_trips(u);
   tbr_tokenizer_free(u);
   tbr_tokenizer_free(t);
+  Buf ties = {0}; /* yx and xy have the same score, there and back */
+  buf_add(&ties, b.s, b.n);
+  for (size_t i = 0; i < 4; i++)
+    bin_token(&ties, i < 2 ? 0 : -20, i == 2 ? "yx" : i == 3 ? "xy"
+              : i ? "y" : "x", i < 2 ? 1 : 2);
+  t = tbr_tokenizer_load(put("ties.bin", ties.s, ties.n), 0);
+  tbr_tokenizer_save(t, where);
+  u = tbr_tokenizer_load(where, 0);
+  for (size_t k = 0; k < 2; k++) {
+    n = tbr_encode(k ? u : t, "xyx", 3, &ids);
+    CHECK(n == 3 && ids[1] == 274 && ids[2] == 276); /* _ x yx */
+    free(ids);
+  }
+  tbr_tokenizer_free(t);
+  tbr_tokenizer_free(u);
+  buf_free(&ties);
   in_folder("t.bin");
   FAILS(tbr_tokenizer_load(file_name, 275), "in token 274 at byte");
   FAILS(tbr_tokenizer_load(file_name, 273), "more tokens than the 273");
