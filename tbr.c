@@ -1097,17 +1097,16 @@ static void csv_free(Csv *csv) {
   free(csv->cell), free(csv->line), free(csv->text);
 }
 
-/* The types that safetensors knows; those before INTEGERS can be read. */
-enum { F64, F32, F16, BF16, INTEGERS, ST_TYPES = 15 };
+/* The types of numbers that can be read. */
+enum { F32, F16, BF16, ST_TYPES };
 static const struct { const char *name; size_t size; } st_type[ST_TYPES] = {
-    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"U64", 8},
-    {"I32", 4}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1},
-    {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    {"F32", 4}, {"F16", 2}, {"BF16", 2}};
 
-/* Where a tensor is and what it is. */
+/* A tensor in a file, named as in the header. A vector has one row; it lies
+ * from at[0] to at[1] in the data. */
 typedef struct {
-  const char *name; /* inside the header */
-  size_t type, dim[4], n_dim, count, at[2]; /* at: its place in the data */
+  const char *name;
+  size_t type, rows, columns, at[2];
 } StEntry;
 
 /* An open file; entry is in the order of the data. */
@@ -1120,12 +1119,9 @@ typedef struct {
   Json *header;
 } SafeTensors;
 
-/* A tensor to be written. */
-typedef struct {
-  const char *name;
-  size_t dim[2], n_dim;
-  const real *data;
-} StOut;
+/* The numbers of some tensors; in a file, the names of these stand behind the
+ * prefix. */
+typedef struct { const char *prefix; real *at; } Block;
 
 /* The number that n bytes stand for, the lowest first. */
 static uint64_t little_endian(const unsigned char *b, size_t n) {
@@ -1161,29 +1157,29 @@ static size_t st_numbers(const Json *v, const char *key, size_t *to,
  * exact there is larger than any place. */
 static StEntry st_entry(const Json *v) {
   const char *dtype = json_string(v, "dtype", "");
-  StEntry e = {.name = v->key};
+  StEntry e = {.name = v->key, .rows = 1, .columns = 1};
   while (e.type < ST_TYPES && strcmp(dtype, st_type[e.type].name)) e.type++;
   if (e.type == ST_TYPES)
-    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"; F32 would be right",
-             v->path, e.name, dtype);
-  double bytes = (double)st_type[e.type].size;
-  e.n_dim = st_numbers(v, "shape", e.dim, 4);
-  for (size_t i = 0; i < e.n_dim; i++) bytes *= (double)e.dim[i];
+    tbr_fail("%s: tensor \"%s\" has dtype \"%s\"; F32, F16 or BF16 would be "
+             "right", v->path, e.name, dtype);
+  size_t shape[2], n = st_numbers(v, "shape", shape, 2);
+  if (n) e.columns = shape[n - 1];
+  if (n == 2) e.rows = shape[0];
+  double bytes = (double)st_type[e.type].size * (double)e.rows *
+                 (double)e.columns;
   if (st_numbers(v, "data_offsets", e.at, 2) != 2 ||
       (double)e.at[1] - (double)e.at[0] != bytes)
     tbr_fail("%s: tensor \"%s\" should have \"data_offsets\" that agree with "
              "its \"shape\"; it needs %.0f bytes and lies at %zu..%zu",
              v->path, e.name, bytes, e.at[0], e.at[1]);
-  e.count = (e.at[1] - e.at[0]) / st_type[e.type].size;
   return e;
 }
 
 /* For qsort: the order in which tensors lie in the file. */
 static int st_order(const void *a, const void *b) {
-  const StEntry *x = a, *y = b;
-  size_t k = x->at[0] == y->at[0]; /* an empty one comes first */
-  return x->at[k] < y->at[k] ? -1 : x->at[k] > y->at[k] ? 1
-       : strcmp(x->name, y->name);
+  const size_t *x = ((const StEntry *)a)->at, *y = ((const StEntry *)b)->at;
+  size_t k = x[0] == y[0]; /* an empty one comes first */
+  return (x[k] > y[k]) - (x[k] < y[k]);
 }
 
 /* Opens a file and checks its header: the tensors that it tells of must fill
@@ -1239,11 +1235,6 @@ static const StEntry *st_find(const SafeTensors *st, const char *name) {
   return NULL;
 }
 
-/* What the file says about itself under that key, or NULL. */
-static const char *st_metadata(const SafeTensors *st, const char *key) {
-  return json_string(json_get(st->header, "__metadata__"), key, NULL);
-}
-
 /* The number that a half-precision float's bits stand for. */
 static float half_float(uint32_t u) {
   uint32_t sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
@@ -1252,63 +1243,62 @@ static float half_float(uint32_t u) {
   return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* Reads a tensor of floats of any width, some thousand bytes at a time. */
-static void st_read(SafeTensors *st, const StEntry *e, real *to) {
+/* Reads n numbers of a type of st_type from where the file is; what says what
+ * they are, for the message. */
+static void read_numbers(FILE *f, const char *path, const char *what,
+                         size_t type, real *to, size_t n) {
   unsigned char block[4096];
-  size_t size = st_type[e->type].size, fit = sizeof block / size;
-  if (e->type >= INTEGERS)
-    tbr_fail("%s: tensor \"%s\" is %s; F64, F32, F16 or BF16 would be right",
-             st->path, e->name, st_type[e->type].name);
+  size_t size = st_type[type].size, fit = sizeof block / size;
+  for (size_t some; n; n -= some) {
+    some = n < fit ? n : fit;
+    read_exact(f, path, block, some * size, what);
+    for (size_t i = 0; i < some; i++) {
+      uint32_t u = (uint32_t)little_endian(block + i * size, size);
+      *to++ = type == F16 ? half_float(u)
+            : bits_float(type == BF16 ? u << 16 : u);
+    }
+  }
+}
+
+static void st_read(SafeTensors *st, const StEntry *e, real *to) {
   if (fseeko(st->file, (off_t)(st->data_at + e->at[0]), SEEK_SET))
     tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
-  for (size_t i = 0; i < e->count; i++) {
-    size_t some = e->count - i < fit ? e->count - i : fit;
-    if (i % fit == 0)
-      read_exact(st->file, st->path, block, some * size, e->name);
-    uint64_t u = little_endian(block + i % fit * size, size);
-    to[i] = e->type == F64 ? (real)bits_double(u)
-          : e->type == F16 ? half_float((uint32_t)u)
-          : bits_float((uint32_t)u << (e->type == BF16 ? 16 : 0));
-  }
+  read_numbers(st->file, st->path, e->name, e->type, to, e->rows * e->columns);
 }
 
-/* How many numbers are to be written. */
-static size_t st_count(const StOut *t) {
-  return (t->n_dim > 0 ? t->dim[0] : 1) * (t->n_dim > 1 ? t->dim[1] : 1);
-}
-
-/* Writes tensors as F32, in the order given, and pairs of metadata. */
-static void st_write(const char *path, const char *const (*metadata)[2],
-                     size_t n_metadata, const StOut *tensor, size_t n) {
-  Buf b = {0}, out = {0};
-  size_t at = 0;
-  buf_str(&b, "{\"__metadata__\": {");
-  for (size_t i = 0; i < n_metadata; i++)
-    json_field(&b, metadata[i][0], metadata[i][1]);
-  for (const StOut *t = tensor; t < tensor + n; t++) {
-    buf_str(&b, "}, ");
-    json_quote(&b, t->name, strlen(t->name));
-    buf_printf(&b, ": {\"dtype\": \"F32\", \"shape\": [");
-    for (size_t d = 0; d < t->n_dim; d++)
-      buf_printf(&b, "%s%zu", d ? ", " : "", t->dim[d]);
-    size_t from = at;
-    at += 4 * st_count(t);
-    buf_printf(&b, "], \"data_offsets\": [%zu, %zu]", from, at);
+/* Writes the n tensors of each block as F32; metadata is a JSON object. */
+static void st_write(const char *path, const char *metadata,
+                     const TbrTensor *tensor, size_t n, const Block *block,
+                     size_t n_blocks) {
+  Buf head = {0}, out = {0};
+  buf_printf(&head, "{\"__metadata__\": %s", metadata);
+  for (size_t i = 0, at = 0, end; i < n * n_blocks; i++, at = end) {
+    const TbrTensor *t = &tensor[i % n];
+    end = at + 4 * t->rows * t->columns;
+    buf_printf(&head, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
+               block[i / n].prefix, t->name);
+    if (t->rows != 1) buf_printf(&head, "%zu, ", t->rows);
+    buf_printf(&head, "%zu], \"data_offsets\": [%zu, %zu]}", t->columns, at,
+               end);
   }
-  buf_str(&b, "}}");
-  while (b.n % 8) buf_char(&b, ' '); /* so that the data is aligned */
+  buf_char(&head, '}');
+  while (head.n % 8) buf_char(&head, ' '); /* so that the data is aligned */
   Out *o = out_open(path);
-  buf_little_endian(&out, b.n, 8);
-  buf_add(&out, b.s, b.n);
-  for (const StOut *t = tensor; t < tensor + n; t++)
-    for (size_t i = 0; i < st_count(t); i++) {
+  buf_little_endian(&out, head.n, 8);
+  buf_add(&out, head.s, head.n);
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *t = &tensor[i % n];
+    const real *x = block[i / n].at + t->at;
+    for (const real *end = x + t->rows * t->columns; x < end; x++) {
       if (out.n >= 4096) out_write(o, out.s, out.n), buf_clear(&out);
-      buf_little_endian(&out, float_bits((float)t->data[i]), 4);
+      buf_little_endian(&out, float_bits((float)*x), 4);
     }
+  }
   out_write(o, out.s, out.n);
   out_close(o);
-  buf_free(&b), buf_free(&out);
+  buf_free(&head), buf_free(&out);
 }
+
 /* ======================================================================
  * Chapter 5: tokenizers
  *
@@ -3972,30 +3962,6 @@ static TbrConfig config_read(const char *path) {
   return c;
 }
 
-/* Numbers in the model's shape; in a file, the names of their tensors stand
- * behind the prefix. */
-typedef struct { const char *prefix; real *at; } Block;
-
-/* Writes blocks and pairs of metadata as a safetensors file. */
-static void blocks_write(const TbrModel *m, const Block *block,
-                         size_t n_blocks, const char *directory,
-                         const char *file, const char *const (*metadata)[2],
-                         size_t n_metadata) {
-  size_t n = n_blocks * m->n_tensors;
-  StOut *out = mem_new(n, sizeof *out);
-  char **name = mem_new(n, sizeof *name), *path = path_in(directory, file);
-  for (size_t i = 0; i < n; i++) {
-    const TbrTensor *t = &m->tensor[i % m->n_tensors];
-    const Block *b = &block[i / m->n_tensors];
-    name[i] = format_string("%s%s", b->prefix, t->name);
-    out[i] = (StOut){name[i], {t->rows, t->columns}, 2, b->at + t->at};
-    if (t->rows == 1) out[i].n_dim = 1, out[i].dim[0] = t->columns;
-  }
-  st_write(path, metadata, n_metadata, out, n);
-  for (size_t i = 0; i < n; i++) free(name[i]);
-  free(name), free(out), free(path);
-}
-
 /* Reads blocks, whose tensors must have the model's shapes; those that are
  * NULL are only checked. */
 static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
@@ -4006,9 +3972,7 @@ static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
     char *name = format_string("%s%s", b->prefix, t->name);
     const StEntry *e = st_find(st, name);
     if (!e) tbr_fail("%s: has no tensor \"%s\"", st->path, name);
-    size_t rows = e->n_dim == 1 ? 1 : e->dim[0];
-    if (e->n_dim < 1 || e->n_dim > 2 || rows != t->rows ||
-        e->dim[e->n_dim - 1] != t->columns)
+    if (e->rows != t->rows || e->columns != t->columns)
       tbr_fail("%s: tensor \"%s\" has another shape than config.json says, "
                "which is %zu x %zu", st->path, name, t->rows, t->columns);
     if (b->at) st_read(st, e, b->at + t->at);
@@ -4018,8 +3982,8 @@ static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
 
 void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
                     int32_t eos) {
-  static const char *const metadata[][2] = {{"format", "pt"}};
   const TbrConfig *c = &m->config;
+  char *weights = path_in(directory, "model.safetensors");
   Buf b = {0};
   make_directory(directory);
   buf_str(&b, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
@@ -4040,9 +4004,9 @@ void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
   buf_printf(&b, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n", (long)bos,
              (long)eos);
   write_in(directory, "generation_config.json", b.s, b.n);
-  buf_free(&b);
-  blocks_write(m, &(Block){"", m->param}, 1, directory, "model.safetensors",
-               metadata, 1);
+  st_write(weights, "{\"format\": \"pt\"}", m->tensor, m->n_tensors,
+           &(Block){"", m->param}, 1);
+  buf_free(&b), free(weights);
 }
 
 /* ---- files: llama2.c --------------------------------------------------- */
@@ -4083,18 +4047,6 @@ static TbrConfig bin_config(FILE *f, const char *path) {
   return c;
 }
 
-/* The next n numbers of the file. */
-static void bin_read(FILE *f, const char *path, real *to, size_t n) {
-  unsigned char b[4096];
-  while (n) {
-    size_t some = n < sizeof b / 4 ? n : sizeof b / 4;
-    read_exact(f, path, b, some * 4, "a block of weights");
-    for (size_t i = 0; i < some; i++)
-      *to++ = (real)bits_float((uint32_t)little_endian(b + 4 * i, 4));
-    n -= some;
-  }
-}
-
 /* llama2.c turns neighbours 2j and 2j+1 of a head, Hugging Face j and
  * j + size/2: puts the rows of q or k into the latter's order. */
 static void bin_reorder(real *w, size_t heads, size_t size, size_t d) {
@@ -4114,19 +4066,23 @@ static TbrModel *model_read_bin(const char *path) {
   FILE *f = open_file(path);
   TbrConfig c = bin_config(f, path);
   TbrModel *m = tbr_model_new(&c);
-  bin_read(f, path, m->param, c.vocab * c.dim);
+  const char *what = "a block of weights";
+  read_numbers(f, path, what, F32, m->param, c.vocab * c.dim);
   for (size_t i = 0; i < LAYER_TENSORS; i++)
     for (size_t l = 0; l < c.layers; l++) {
       const TbrTensor *t = &m->tensor[1 + LAYER_TENSORS * l + part[i]];
-      bin_read(f, path, m->param + t->at, t->rows * t->columns);
+      read_numbers(f, path, what, F32, m->param + t->at,
+                   t->rows * t->columns);
     }
   for (size_t l = 0; l < c.layers; l++)
     bin_reorder(layer_at(&c, m->param, l).qkv, c.heads + c.kv_heads,
                 c.head_dim, c.dim);
-  bin_read(f, path, final_norm(&c, m->param), c.dim);
+  read_numbers(f, path, what, F32, final_norm(&c, m->param), c.dim);
   if (fseeko(f, (off_t)(4 * c.context * c.head_dim), SEEK_CUR)) /* RoPE */
     tbr_fail("%s: cannot be read: %s", path, strerror(errno));
-  if (!c.tied) bin_read(f, path, classifier(&c, m->param), c.vocab * c.dim);
+  if (!c.tied)
+    read_numbers(f, path, what, F32, classifier(&c, m->param),
+                 c.vocab * c.dim);
   fclose(f);
   return m;
 }
@@ -4278,29 +4234,33 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
 static const char state_file[] = "optimizer.safetensors";
 
 static void trainer_save(const Trainer *t) {
-  char step[24];
-  Block block[] = {
-      {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
-  const char *const metadata[][2] = {
-      {"training", t->mark}, {"step", step}, {"log", t->log.s}};
+  const TbrModel *m = t->model;
+  char step[24], *path = path_in(t->directory, state_file);
+  Block block[] = {{"weight.", m->param}, {"moment1.", t->m},
+                   {"moment2.", t->v}};
+  Buf b = {0};
   snprintf(step, sizeof step, "%zu", t->step);
-  blocks_write(t->model, block, 3, t->directory, state_file, metadata, 3);
+  buf_char(&b, '{');
+  json_field(&b, "training", t->mark);
+  json_field(&b, "step", step);
+  json_field(&b, "log", t->log.s);
+  buf_char(&b, '}');
+  st_write(path, b.s, m->tensor, m->n_tensors, block, 3);
+  buf_free(&b), free(path);
 }
 
 /* Goes on from the state if it is of this very training. */
 static void trainer_resume(Trainer *t) {
   char *path = path_in(t->directory, state_file);
   SafeTensors *st = file_exists(path) ? st_open(path) : NULL;
-  const char *mark = st ? st_metadata(st, "training") : NULL;
-  const char *step = st ? st_metadata(st, "step") : NULL;
-  const char *log = st ? st_metadata(st, "log") : NULL;
-  if (mark && step && log && !strcmp(mark, t->mark)) {
+  const Json *is = st ? json_get(st->header, "__metadata__") : NULL;
+  if (!strcmp(json_string(is, "training", ""), t->mark)) {
     Block block[] = {
         {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
     blocks_read(st, t->model, block, 3);
-    t->step = (size_t)strtoull(step, NULL, 10);
+    t->step = (size_t)strtoull(json_string(is, "step", "0"), NULL, 10);
     buf_clear(&t->log);
-    buf_str(&t->log, log);
+    buf_str(&t->log, json_string(is, "log", ""));
     fprintf(stderr, "tbr: %s: going on from step %zu\n", t->directory, t->step);
   } else if (st) {
     fprintf(stderr, "tbr: %s: is of another training; starting over\n", path);
