@@ -1097,17 +1097,16 @@ static void csv_free(Csv *csv) {
   free(csv->cell), free(csv->line), free(csv->text);
 }
 
-/* The types that safetensors knows; those before INTEGERS can be read. */
-enum { F64, F32, F16, BF16, INTEGERS, ST_TYPES = 15 };
+/* The types of numbers that can be read. */
+enum { F32, F16, BF16, ST_TYPES };
 static const struct { const char *name; size_t size; } st_type[ST_TYPES] = {
-    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"U64", 8},
-    {"I32", 4}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1},
-    {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
+    {"F32", 4}, {"F16", 2}, {"BF16", 2}};
 
-/* Where a tensor is and what it is. */
+/* A tensor in a file, named as in the header. A vector has one row; it lies
+ * from at[0] to at[1] in the data. */
 typedef struct {
-  const char *name; /* inside the header */
-  size_t type, dim[4], n_dim, count, at[2]; /* at: its place in the data */
+  const char *name;
+  size_t type, rows, columns, at[2];
 } StEntry;
 
 /* An open file; entry is in the order of the data. */
@@ -1120,12 +1119,9 @@ typedef struct {
   Json *header;
 } SafeTensors;
 
-/* A tensor to be written. */
-typedef struct {
-  const char *name;
-  size_t dim[2], n_dim;
-  const real *data;
-} StOut;
+/* The numbers of some tensors; in a file, the names of these stand behind the
+ * prefix. */
+typedef struct { const char *prefix; real *at; } Block;
 
 /* The number that n bytes stand for, the lowest first. */
 static uint64_t little_endian(const unsigned char *b, size_t n) {
@@ -1161,29 +1157,29 @@ static size_t st_numbers(const Json *v, const char *key, size_t *to,
  * exact there is larger than any place. */
 static StEntry st_entry(const Json *v) {
   const char *dtype = json_string(v, "dtype", "");
-  StEntry e = {.name = v->key};
+  StEntry e = {.name = v->key, .rows = 1, .columns = 1};
   while (e.type < ST_TYPES && strcmp(dtype, st_type[e.type].name)) e.type++;
   if (e.type == ST_TYPES)
-    tbr_fail("%s: tensor \"%s\" has unknown dtype \"%s\"; F32 would be right",
-             v->path, e.name, dtype);
-  double bytes = (double)st_type[e.type].size;
-  e.n_dim = st_numbers(v, "shape", e.dim, 4);
-  for (size_t i = 0; i < e.n_dim; i++) bytes *= (double)e.dim[i];
+    tbr_fail("%s: tensor \"%s\" has dtype \"%s\"; F32, F16 or BF16 would be "
+             "right", v->path, e.name, dtype);
+  size_t shape[2], n = st_numbers(v, "shape", shape, 2);
+  if (n) e.columns = shape[n - 1];
+  if (n == 2) e.rows = shape[0];
+  double bytes = (double)st_type[e.type].size * (double)e.rows *
+                 (double)e.columns;
   if (st_numbers(v, "data_offsets", e.at, 2) != 2 ||
       (double)e.at[1] - (double)e.at[0] != bytes)
     tbr_fail("%s: tensor \"%s\" should have \"data_offsets\" that agree with "
              "its \"shape\"; it needs %.0f bytes and lies at %zu..%zu",
              v->path, e.name, bytes, e.at[0], e.at[1]);
-  e.count = (e.at[1] - e.at[0]) / st_type[e.type].size;
   return e;
 }
 
 /* For qsort: the order in which tensors lie in the file. */
 static int st_order(const void *a, const void *b) {
-  const StEntry *x = a, *y = b;
-  size_t k = x->at[0] == y->at[0]; /* an empty one comes first */
-  return x->at[k] < y->at[k] ? -1 : x->at[k] > y->at[k] ? 1
-       : strcmp(x->name, y->name);
+  const size_t *x = ((const StEntry *)a)->at, *y = ((const StEntry *)b)->at;
+  size_t k = x[0] == y[0]; /* an empty one comes first */
+  return (x[k] > y[k]) - (x[k] < y[k]);
 }
 
 /* Opens a file and checks its header: the tensors that it tells of must fill
@@ -1239,11 +1235,6 @@ static const StEntry *st_find(const SafeTensors *st, const char *name) {
   return NULL;
 }
 
-/* What the file says about itself under that key, or NULL. */
-static const char *st_metadata(const SafeTensors *st, const char *key) {
-  return json_string(json_get(st->header, "__metadata__"), key, NULL);
-}
-
 /* The number that a half-precision float's bits stand for. */
 static float half_float(uint32_t u) {
   uint32_t sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
@@ -1252,63 +1243,62 @@ static float half_float(uint32_t u) {
   return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* Reads a tensor of floats of any width, some thousand bytes at a time. */
-static void st_read(SafeTensors *st, const StEntry *e, real *to) {
+/* Reads n numbers of a type of st_type from where the file is; what says what
+ * they are, for the message. */
+static void read_numbers(FILE *f, const char *path, const char *what,
+                         size_t type, real *to, size_t n) {
   unsigned char block[4096];
-  size_t size = st_type[e->type].size, fit = sizeof block / size;
-  if (e->type >= INTEGERS)
-    tbr_fail("%s: tensor \"%s\" is %s; F64, F32, F16 or BF16 would be right",
-             st->path, e->name, st_type[e->type].name);
+  size_t size = st_type[type].size, fit = sizeof block / size;
+  for (size_t some; n; n -= some) {
+    some = n < fit ? n : fit;
+    read_exact(f, path, block, some * size, what);
+    for (size_t i = 0; i < some; i++) {
+      uint32_t u = (uint32_t)little_endian(block + i * size, size);
+      *to++ = type == F16 ? half_float(u)
+            : bits_float(type == BF16 ? u << 16 : u);
+    }
+  }
+}
+
+static void st_read(SafeTensors *st, const StEntry *e, real *to) {
   if (fseeko(st->file, (off_t)(st->data_at + e->at[0]), SEEK_SET))
     tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
-  for (size_t i = 0; i < e->count; i++) {
-    size_t some = e->count - i < fit ? e->count - i : fit;
-    if (i % fit == 0)
-      read_exact(st->file, st->path, block, some * size, e->name);
-    uint64_t u = little_endian(block + i % fit * size, size);
-    to[i] = e->type == F64 ? (real)bits_double(u)
-          : e->type == F16 ? half_float((uint32_t)u)
-          : bits_float((uint32_t)u << (e->type == BF16 ? 16 : 0));
-  }
+  read_numbers(st->file, st->path, e->name, e->type, to, e->rows * e->columns);
 }
 
-/* How many numbers are to be written. */
-static size_t st_count(const StOut *t) {
-  return (t->n_dim > 0 ? t->dim[0] : 1) * (t->n_dim > 1 ? t->dim[1] : 1);
-}
-
-/* Writes tensors as F32, in the order given, and pairs of metadata. */
-static void st_write(const char *path, const char *const (*metadata)[2],
-                     size_t n_metadata, const StOut *tensor, size_t n) {
-  Buf b = {0}, out = {0};
-  size_t at = 0;
-  buf_str(&b, "{\"__metadata__\": {");
-  for (size_t i = 0; i < n_metadata; i++)
-    json_field(&b, metadata[i][0], metadata[i][1]);
-  for (const StOut *t = tensor; t < tensor + n; t++) {
-    buf_str(&b, "}, ");
-    json_quote(&b, t->name, strlen(t->name));
-    buf_printf(&b, ": {\"dtype\": \"F32\", \"shape\": [");
-    for (size_t d = 0; d < t->n_dim; d++)
-      buf_printf(&b, "%s%zu", d ? ", " : "", t->dim[d]);
-    size_t from = at;
-    at += 4 * st_count(t);
-    buf_printf(&b, "], \"data_offsets\": [%zu, %zu]", from, at);
+/* Writes the n tensors of each block as F32; metadata is a JSON object. */
+static void st_write(const char *path, const char *metadata,
+                     const TbrTensor *tensor, size_t n, const Block *block,
+                     size_t n_blocks) {
+  Buf head = {0}, out = {0};
+  buf_printf(&head, "{\"__metadata__\": %s", metadata);
+  for (size_t i = 0, at = 0, end; i < n * n_blocks; i++, at = end) {
+    const TbrTensor *t = &tensor[i % n];
+    end = at + 4 * t->rows * t->columns;
+    buf_printf(&head, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
+               block[i / n].prefix, t->name);
+    if (t->rows != 1) buf_printf(&head, "%zu, ", t->rows);
+    buf_printf(&head, "%zu], \"data_offsets\": [%zu, %zu]}", t->columns, at,
+               end);
   }
-  buf_str(&b, "}}");
-  while (b.n % 8) buf_char(&b, ' '); /* so that the data is aligned */
+  buf_char(&head, '}');
+  while (head.n % 8) buf_char(&head, ' '); /* so that the data is aligned */
   Out *o = out_open(path);
-  buf_little_endian(&out, b.n, 8);
-  buf_add(&out, b.s, b.n);
-  for (const StOut *t = tensor; t < tensor + n; t++)
-    for (size_t i = 0; i < st_count(t); i++) {
+  buf_little_endian(&out, head.n, 8);
+  buf_add(&out, head.s, head.n);
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *t = &tensor[i % n];
+    const real *x = block[i / n].at + t->at;
+    for (const real *end = x + t->rows * t->columns; x < end; x++) {
       if (out.n >= 4096) out_write(o, out.s, out.n), buf_clear(&out);
-      buf_little_endian(&out, float_bits((float)t->data[i]), 4);
+      buf_little_endian(&out, float_bits((float)*x), 4);
     }
+  }
   out_write(o, out.s, out.n);
   out_close(o);
-  buf_free(&b), buf_free(&out);
+  buf_free(&head), buf_free(&out);
 }
+
 /* ======================================================================
  * Chapter 5: tokenizers
  *
@@ -1360,10 +1350,12 @@ static uint64_t *map_put(Map *m, uint64_t key) {
  * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* A token's name is how tokenizer.json spells its bytes. */
+/* A token's name is how tokenizer.json spells its bytes; its rank is that of
+ * the first merge that makes it, from 1 on, or 0. */
 typedef struct {
   Buf name, bytes;
   int kind;
+  size_t rank;
 } Token;
 
 /* Two tokens that become one. */
@@ -1378,8 +1370,7 @@ struct TbrTokenizer {
   Map names;         /* from the hash of a name to its token + 1 */
   int32_t byte[256]; /* the token of a byte, + 1 */
   Merge *merge;      /* in the order of the file; pairs.n of them */
-  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first;
-                        ranks start at 1 */
+  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
@@ -1457,15 +1448,25 @@ static size_t token_add(TbrTokenizer *t, int kind, const char *name, size_t n,
   return t->n - 1;
 }
 
-/* Appends a merge; of a pair that comes twice the first counts. */
-static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id,
-                      size_t rank) {
+/* Appends a merge; of a pair that comes twice the first counts. All merges
+ * that make the same piece share a rank, so that the leftmost goes first, as
+ * in SentencePiece. */
+static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id) {
   Merge m = {(int32_t)left, (int32_t)right};
   uint64_t *value = map_put(&t->pairs, pair_of(m.left, m.right));
+  Token *whole = &t->token[id];
   if (*value) return;
-  *value = (uint64_t)rank << 32 | id;
+  if (!t->pieces || !whole->rank) whole->rank = t->pairs.n;
+  *value = (uint64_t)whole->rank << 32 | id;
   t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof m);
   t->merge[t->pairs.n - 1] = m;
+}
+
+/* What pairs has on two symbols; NO_MERGE, above all ranks, if nothing. */
+#define NO_MERGE UINT64_MAX
+static uint64_t merge_of(const TbrTokenizer *t, int32_t left, int32_t right) {
+  uint64_t merge = map_get(&t->pairs, pair_of(left, right));
+  return merge ? merge : NO_MERGE;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->n; }
@@ -1533,104 +1534,64 @@ static size_t word_length(const char *s, size_t n) {
   return class == ' ' && i < n && i > 1 ? i - 1 : i;
 }
 
-/* The symbols of a word, in a ring; symbol 0 is both ends of it, and has no
- * token. And a heap of chances to merge: the rank in the upper half, the left
- * symbol in the lower, the lowest on top. */
-typedef struct {
-  const TbrTokenizer *t;
-  struct Symbol { int32_t id; uint32_t before, after; } *symbol;
-  uint64_t *heap;
-  size_t symbols, chances;
-} Merger;
-
-/* The merge of a symbol with the next as in pairs, 0 if there is none. */
-static uint64_t merge_at(const Merger *m, size_t at) {
-  const struct Symbol *s = &m->symbol[at];
-  return map_get(&m->t->pairs, pair_of(s->id, m->symbol[s->after].id));
-}
-
-/* Puts the merge of a symbol with the next on the heap, if there is one. */
-static void chance_add(Merger *m, size_t at) {
-  uint64_t merge = merge_at(m, at), chance = merge >> 32 << 32 | at;
-  if (!merge) return;
-  size_t i = m->chances++;
-  for (; i && chance < m->heap[(i - 1) / 2]; i = (i - 1) / 2)
-    m->heap[i] = m->heap[(i - 1) / 2];
-  m->heap[i] = chance;
-}
-
-/* Takes the best chance from the heap. */
-static uint64_t chance_take(Merger *m) {
-  uint64_t best = m->heap[0], last = m->heap[--m->chances];
-  size_t i = 0;
-  for (size_t child; (child = 2 * i + 1) < m->chances; i = child) {
-    if (child + 1 < m->chances && m->heap[child + 1] < m->heap[child]) child++;
-    if (m->heap[child] >= last) break;
-    m->heap[i] = m->heap[child];
-  }
-  m->heap[i] = last;
-  return best;
-}
-
-/* Appends a symbol; the ring is closed behind it. */
-static void symbol_add(Merger *m, int32_t id) {
-  uint32_t i = (uint32_t)m->symbols++;
-  m->symbol[i] = (struct Symbol){id, i - 1, 0};
-  if (i) m->symbol[i - 1].after = i;
-}
-
-/* Adds the characters of pieces, and bytes where there are none. */
-static void symbols_add(Merger *m, const char *s, size_t n) {
+/* The symbols of a text before any merge: its bytes; in pieces its characters,
+ * and the bytes of those that are no token. Returns how many. */
+static size_t symbols_of(const TbrTokenizer *t, const char *s, size_t n,
+                         int32_t *to) {
+  size_t count = 0;
   for (const char *end = s + n; s < end; s += n) {
     uint32_t code = 0x2581; /* in a text, this is not the blank it stands for */
     size_t id = SIZE_MAX;
-    n = m->t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
-    if (code == ' ') id = token_find(m->t, TEXT, "\xe2\x96\x81", 3);
-    else if (code != 0x2581) id = token_find(m->t, TEXT, s, n);
-    if (id != SIZE_MAX) symbol_add(m, (int32_t)id);
+    n = t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
+    if (code == ' ') id = token_find(t, TEXT, "\xe2\x96\x81", 3);
+    else if (code != 0x2581) id = token_find(t, TEXT, s, n);
+    if (id != SIZE_MAX) to[count++] = (int32_t)id;
     n += !n;
     for (size_t i = 0; id == SIZE_MAX && i < n; i++)
-      symbol_add(m, m->t->byte[(unsigned char)s[i]] - 1);
+      to[count++] = t->byte[(unsigned char)s[i]] - 1;
   }
+  return count;
 }
 
-/* Merges the symbols as far as they go. */
-static void merge_all(Merger *m) {
-  for (size_t i = 1; i < m->symbols; i++) chance_add(m, i);
-  while (m->chances) {
-    uint64_t chance = chance_take(m);
-    uint32_t at = (uint32_t)(chance & UINT32_MAX);
-    uint64_t merge = merge_at(m, at);
-    if (merge >> 32 != chance >> 32) continue; /* out of date */
-    struct Symbol *left = &m->symbol[at], *right = &m->symbol[left->after];
-    left->id = (int32_t)(merge & INT32_MAX);
-    right->id = -1;
-    left->after = right->after;
-    m->symbol[left->after].before = at;
-    chance_add(m, left->before);
-    chance_add(m, at);
+/* Merges n symbols as far as it goes; returns how many are left. merge, room
+ * for n, holds the merge of each symbol with the next. A pass merges what has
+ * the best rank from left to right, unless that makes a pair of a better one,
+ * which then goes first. */
+static size_t merge_all(const TbrTokenizer *t, int32_t *id, uint64_t *merge,
+                        size_t n) {
+  for (size_t i = 0; i < n; i++)
+    merge[i] = i + 1 < n ? merge_of(t, id[i], id[i + 1]) : NO_MERGE;
+  for (;;) {
+    uint64_t best = NO_MERGE;
+    for (size_t i = 0; i < n; i++)
+      if (merge[i] < best) best = merge[i];
+    if (best == NO_MERGE) return n;
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++, to++) {
+      id[to] = id[i], merge[to] = merge[i];
+      if (merge[to] != best) continue;
+      id[to] = (int32_t)(best & INT32_MAX);
+      merge[to] = ++i + 1 < n ? merge_of(t, id[to], id[i + 1]) : NO_MERGE;
+      if (to) merge[to - 1] = merge_of(t, id[to - 1], id[to]);
+      if (merge[to] < best || (to && merge[to - 1] < best)) best = 0;
+    }
+    n = to;
   }
 }
 
 size_t tbr_encode(const TbrTokenizer *t, const char *text, size_t n,
                   int32_t **ids) {
-  if (n >= UINT32_MAX - 8) tbr_fail("a text of more than 4 GiB to be encoded");
-  Merger m = {t, mem_raw(n + 2, sizeof *m.symbol), NULL, 0, 0};
-  m.heap = mem_raw(n + 2, 3 * sizeof *m.heap); /* each merge adds two chances */
+  uint64_t *merge = mem_raw(n + 1, sizeof *merge);
   *ids = mem_raw(n + 1, sizeof **ids);
   size_t count = 0;
   for (size_t at = 0, length; at < n; at += length) {
+    int32_t *word = *ids + count;
+    size_t blank = t->pieces ? symbols_of(t, " ", 1, word) : 0;
     length = t->pieces ? n : word_length(text + at, n - at);
-    m.symbols = 0;
-    symbol_add(&m, -1);
-    if (t->pieces) symbols_add(&m, " ", 1);
-    symbols_add(&m, text + at, length);
-    merge_all(&m);
-    for (size_t i = m.symbol[0].after; i; i = m.symbol[i].after)
-      (*ids)[count++] = m.symbol[i].id;
+    count += merge_all(t, word, merge, blank + symbols_of(t, text + at, length,
+                                                          word + blank));
   }
-  free(m.symbol);
-  free(m.heap);
+  free(merge);
   return count;
 }
 
@@ -1744,7 +1705,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     buf_printf(&name, "%s%s", t->token[left].name.s, t->token[right].name.s);
     size_t id = token_find(t, TEXT, name.s, name.n);
     if (id == SIZE_MAX) id = token_add(t, TEXT, name.s, name.n, "");
-    merge_add(t, left, right, id, t->pairs.n + 1);
+    merge_add(t, left, right, id);
     corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
   buf_free(&name);
@@ -1828,10 +1789,8 @@ static void json_tokens(TbrTokenizer *t, const Json *root) {
   }
 }
 
-/* Adds the merges. Those of one piece share a rank, so that the leftmost
- * goes first, as in SentencePiece. */
+/* Adds the merges. */
 static void json_merges(TbrTokenizer *t, const Json *merges) {
-  size_t *first = mem_new(t->n, sizeof *first), rank = 0;
   Buf b = {0};
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
@@ -1851,12 +1810,9 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
       tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
                "\"]; this has a part or makes a whole, \"%.300s\", which is no "
                "token", m->path, m->line, b.s);
-    rank++;
-    if (!first[id] || !t->pieces) first[id] = rank;
-    merge_add(t, part[0], part[1], id, first[id]);
+    merge_add(t, part[0], part[1], id);
   }
   buf_free(&b);
-  free(first);
 }
 
 static TbrTokenizer *load_json(const char *path) {
@@ -1889,8 +1845,9 @@ static int by_number(const void *a, const void *b) {
   return (*x > *y) - (*x < *y);
 }
 
-/* Whatever two tokens make a third can be merged. order has the rank of each
- * token in its upper half, the token in the lower. */
+/* Whatever two tokens make a third can be merged. order has the score of each
+ * token in its upper half, the best the lowest, and the token in the lower:
+ * of equal scores the lower token goes first, which a list of merges can say. */
 static void derive_merges(TbrTokenizer *t, uint64_t *order) {
   if (t->n) qsort(order, t->n, sizeof *order, by_number);
   for (size_t i = 0; i < t->n; i++) {
@@ -1900,7 +1857,7 @@ static void derive_merges(TbrTokenizer *t, uint64_t *order) {
       size_t left = token_find(t, TEXT, s, cut);
       size_t right = token_find(t, TEXT, s + cut, n - cut);
       if (left != SIZE_MAX && right != SIZE_MAX)
-        merge_add(t, left, right, id, (size_t)(order[i] >> 32));
+        merge_add(t, left, right, id);
     }
   }
 }
@@ -4038,30 +3995,6 @@ static TbrConfig config_read(const char *path) {
   return c;
 }
 
-/* Numbers in the model's shape; in a file, the names of their tensors stand
- * behind the prefix. */
-typedef struct { const char *prefix; real *at; } Block;
-
-/* Writes blocks and pairs of metadata as a safetensors file. */
-static void blocks_write(const TbrModel *m, const Block *block,
-                         size_t n_blocks, const char *directory,
-                         const char *file, const char *const (*metadata)[2],
-                         size_t n_metadata) {
-  size_t n = n_blocks * m->n_tensors;
-  StOut *out = mem_new(n, sizeof *out);
-  char **name = mem_new(n, sizeof *name), *path = path_in(directory, file);
-  for (size_t i = 0; i < n; i++) {
-    const TbrTensor *t = &m->tensor[i % m->n_tensors];
-    const Block *b = &block[i / m->n_tensors];
-    name[i] = format_string("%s%s", b->prefix, t->name);
-    out[i] = (StOut){name[i], {t->rows, t->columns}, 2, b->at + t->at};
-    if (t->rows == 1) out[i].n_dim = 1, out[i].dim[0] = t->columns;
-  }
-  st_write(path, metadata, n_metadata, out, n);
-  for (size_t i = 0; i < n; i++) free(name[i]);
-  free(name), free(out), free(path);
-}
-
 /* Reads blocks, whose tensors must have the model's shapes; those that are
  * NULL are only checked. */
 static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
@@ -4072,9 +4005,7 @@ static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
     char *name = format_string("%s%s", b->prefix, t->name);
     const StEntry *e = st_find(st, name);
     if (!e) tbr_fail("%s: has no tensor \"%s\"", st->path, name);
-    size_t rows = e->n_dim == 1 ? 1 : e->dim[0];
-    if (e->n_dim < 1 || e->n_dim > 2 || rows != t->rows ||
-        e->dim[e->n_dim - 1] != t->columns)
+    if (e->rows != t->rows || e->columns != t->columns)
       tbr_fail("%s: tensor \"%s\" has another shape than config.json says, "
                "which is %zu x %zu", st->path, name, t->rows, t->columns);
     if (b->at) st_read(st, e, b->at + t->at);
@@ -4084,8 +4015,8 @@ static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
 
 void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
                     int32_t eos) {
-  static const char *const metadata[][2] = {{"format", "pt"}};
   const TbrConfig *c = &m->config;
+  char *weights = path_in(directory, "model.safetensors");
   Buf b = {0};
   make_directory(directory);
   buf_str(&b, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
@@ -4106,9 +4037,9 @@ void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
   buf_printf(&b, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n", (long)bos,
              (long)eos);
   write_in(directory, "generation_config.json", b.s, b.n);
-  buf_free(&b);
-  blocks_write(m, &(Block){"", m->param}, 1, directory, "model.safetensors",
-               metadata, 1);
+  st_write(weights, "{\"format\": \"pt\"}", m->tensor, m->n_tensors,
+           &(Block){"", m->param}, 1);
+  buf_free(&b), free(weights);
 }
 
 /* ---- files: llama2.c --------------------------------------------------- */
@@ -4149,18 +4080,6 @@ static TbrConfig bin_config(FILE *f, const char *path) {
   return c;
 }
 
-/* The next n numbers of the file. */
-static void bin_read(FILE *f, const char *path, real *to, size_t n) {
-  unsigned char b[4096];
-  while (n) {
-    size_t some = n < sizeof b / 4 ? n : sizeof b / 4;
-    read_exact(f, path, b, some * 4, "a block of weights");
-    for (size_t i = 0; i < some; i++)
-      *to++ = (real)bits_float((uint32_t)little_endian(b + 4 * i, 4));
-    n -= some;
-  }
-}
-
 /* llama2.c turns neighbours 2j and 2j+1 of a head, Hugging Face j and
  * j + size/2: puts the rows of q or k into the latter's order. */
 static void bin_reorder(real *w, size_t heads, size_t size, size_t d) {
@@ -4180,19 +4099,23 @@ static TbrModel *model_read_bin(const char *path) {
   FILE *f = open_file(path);
   TbrConfig c = bin_config(f, path);
   TbrModel *m = tbr_model_new(&c);
-  bin_read(f, path, m->param, c.vocab * c.dim);
+  const char *what = "a block of weights";
+  read_numbers(f, path, what, F32, m->param, c.vocab * c.dim);
   for (size_t i = 0; i < LAYER_TENSORS; i++)
     for (size_t l = 0; l < c.layers; l++) {
       const TbrTensor *t = &m->tensor[1 + LAYER_TENSORS * l + part[i]];
-      bin_read(f, path, m->param + t->at, t->rows * t->columns);
+      read_numbers(f, path, what, F32, m->param + t->at,
+                   t->rows * t->columns);
     }
   for (size_t l = 0; l < c.layers; l++)
     bin_reorder(layer_at(&c, m->param, l).qkv, c.heads + c.kv_heads,
                 c.head_dim, c.dim);
-  bin_read(f, path, final_norm(&c, m->param), c.dim);
+  read_numbers(f, path, what, F32, final_norm(&c, m->param), c.dim);
   if (fseeko(f, (off_t)(4 * c.context * c.head_dim), SEEK_CUR)) /* RoPE */
     tbr_fail("%s: cannot be read: %s", path, strerror(errno));
-  if (!c.tied) bin_read(f, path, classifier(&c, m->param), c.vocab * c.dim);
+  if (!c.tied)
+    read_numbers(f, path, what, F32, classifier(&c, m->param),
+                 c.vocab * c.dim);
   fclose(f);
   return m;
 }
@@ -4344,29 +4267,33 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
 static const char state_file[] = "optimizer.safetensors";
 
 static void trainer_save(const Trainer *t) {
-  char step[24];
-  Block block[] = {
-      {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
-  const char *const metadata[][2] = {
-      {"training", t->mark}, {"step", step}, {"log", t->log.s}};
+  const TbrModel *m = t->model;
+  char step[24], *path = path_in(t->directory, state_file);
+  Block block[] = {{"weight.", m->param}, {"moment1.", t->m},
+                   {"moment2.", t->v}};
+  Buf b = {0};
   snprintf(step, sizeof step, "%zu", t->step);
-  blocks_write(t->model, block, 3, t->directory, state_file, metadata, 3);
+  buf_char(&b, '{');
+  json_field(&b, "training", t->mark);
+  json_field(&b, "step", step);
+  json_field(&b, "log", t->log.s);
+  buf_char(&b, '}');
+  st_write(path, b.s, m->tensor, m->n_tensors, block, 3);
+  buf_free(&b), free(path);
 }
 
 /* Goes on from the state if it is of this very training. */
 static void trainer_resume(Trainer *t) {
   char *path = path_in(t->directory, state_file);
   SafeTensors *st = file_exists(path) ? st_open(path) : NULL;
-  const char *mark = st ? st_metadata(st, "training") : NULL;
-  const char *step = st ? st_metadata(st, "step") : NULL;
-  const char *log = st ? st_metadata(st, "log") : NULL;
-  if (mark && step && log && !strcmp(mark, t->mark)) {
+  const Json *is = st ? json_get(st->header, "__metadata__") : NULL;
+  if (!strcmp(json_string(is, "training", ""), t->mark)) {
     Block block[] = {
         {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
     blocks_read(st, t->model, block, 3);
-    t->step = (size_t)strtoull(step, NULL, 10);
+    t->step = (size_t)strtoull(json_string(is, "step", "0"), NULL, 10);
     buf_clear(&t->log);
-    buf_str(&t->log, log);
+    buf_str(&t->log, json_string(is, "log", ""));
     fprintf(stderr, "tbr: %s: going on from step %zu\n", t->directory, t->step);
   } else if (st) {
     fprintf(stderr, "tbr: %s: is of another training; starting over\n", path);

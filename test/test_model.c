@@ -11,9 +11,9 @@ static real *read_golden(const char *name, size_t *n) {
   SafeTensors *st = st_open(path);
   const StEntry *e = st_find(st, name);
   if (!e) tbr_fail("%s: no \"%s\"", path, name);
-  real *x = mem_raw(e->count, sizeof *x);
+  real *x = mem_raw(e->rows * e->columns, sizeof *x);
   st_read(st, e, x);
-  *n = e->count;
+  *n = e->rows * e->columns;
   st_close(st);
   free(path);
   return x;
