@@ -5991,23 +5991,24 @@ static void rate_table(Report *to, const TbrResults *r, int table,
   add_table(to, &b);
 }
 
-/* Adds the table of refusals: a type a row and an arm a column. */
+/* Adds the table of refusals: a type a row and an arm a column; of more than
+ * eight arms the first, since results.csv has them all. */
 static void type_table(Report *to, const TbrResults *r) {
   Buf b = {0};
   buf_str(&b, "refused, by type\tlabel");
-  for (size_t i = 0; i < r->n; i++)
-    if (first_of(r, i, 1)) buf_printf(&b, "\t%s", r->row[i].arm);
+  for (size_t i = 0, arms = 0; i < r->n; i++)
+    if (first_of(r, i, 1) && arms++ < 8) buf_printf(&b, "\t%s", r->row[i].arm);
   for (size_t i = 0; i < r->n; i++) {
     const TbrResult *x = &r->row[i];
     if (!first_of(r, i, 2)) continue;
     buf_printf(&b, "\n%s\t%s", x->type, x->label);
-    for (size_t k = 0; k < r->n; k++)
-      if (first_of(r, k, 1))
+    for (size_t k = 0, arms = 0; k < r->n; k++) {
+      const char *arm = r->row[k].arm;
+      if (first_of(r, k, 1) && arms++ < 8)
         buf_printf(&b, "\t%zu/%zu",
-                   total(r, r->row[k].arm, x->label, x->type, ANY_SEED,
-                         TBR_REFUSAL),
-                   total(r, r->row[k].arm, x->label, x->type, ANY_SEED,
-                         TBR_N));
+                   total(r, arm, x->label, x->type, ANY_SEED, TBR_REFUSAL),
+                   total(r, arm, x->label, x->type, ANY_SEED, TBR_N));
+    }
   }
   add_table(to, &b);
 }
