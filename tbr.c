@@ -31,11 +31,13 @@
 #ifdef _WIN32
 #include <direct.h>
 #include <io.h>
+#include <process.h>
 #define off_t long long
 #define fseeko _fseeki64
 #define ftello _ftelli64
 #define fileno _fileno
 #define fsync _commit
+#define getpid _getpid
 #define isatty _isatty
 #define mkdir(path, mode) _mkdir(path)
 #define rename(old, new) (remove(new), rename(old, new)) /* else it fails */
@@ -58,44 +60,35 @@ typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
  *
  * Everything that differs between systems is here, and nothing else is.
  * An error never returns to the caller: tbr_fail says what is wrong and what
- * would be right, removes the files that are half written, and hands over to
- * the handler (which by default ends the program). So no function below
- * needs an error path, and none can forget one.
+ * would be right, and hands over to the handler (which by default ends the
+ * program). So no function below needs an error path, and none can forget
+ * one.
  * ====================================================================== */
-
-/* A file being written: its final name, and the one until it is complete. */
-typedef struct Out {
-  FILE *file;
-  char *path, *temp;
-  struct Out *next;
-} Out;
 
 /* The one place of mutable state in the whole program. */
 static struct {
   int threads;                   /* 0: as many as there are cores */
   void (*handler)(const char *); /* where tbr_fail goes */
-  Out *open;                     /* files that are not complete yet */
 } global;
 
 void tbr_threads(int n) { global.threads = n; }
 void tbr_on_error(void (*handler)(const char *)) { global.handler = handler; }
 
-/* Leaves nothing half written under any name. */
+TBR_NORETURN static void end(const char *message) {
+  if (global.handler) global.handler(message);
+  fprintf(stderr, "tbr: %s\n", message);
+  exit(1);
+}
+
 void tbr_fail(const char *format, ...) {
   char message[2048];
   va_list args;
   va_start(args, format);
   vsnprintf(message, sizeof message, format, args);
   va_end(args);
-#pragma omp critical(tbr_files)
-  for (; global.open; global.open = global.open->next) {
-    if (global.open->file) fclose(global.open->file);
-    global.open->file = NULL;
-    remove(global.open->temp);
-  }
-  if (global.handler) global.handler(message);
-  fprintf(stderr, "tbr: %s\n", message);
-  exit(1);
+#pragma omp critical(tbr_end)
+  if (omp_in_parallel()) end(message); /* whoever else fails waits in vain */
+  end(message);
 }
 
 /* Memory for count items of size bytes, not initialised. */
@@ -258,21 +251,31 @@ static void make_directory(const char *path) {
   free(copy);
 }
 
-/* Opens path for writing under a temporary name beside it. */
-static Out *out_open(const char *path) {
-  Out *o = mem_new(1, sizeof *o);
-  o->path = copy_string(path);
-  o->temp = format_string("%s.tmp", path);
-  o->file = fopen(o->temp, "wb");
-  if (!o->file) tbr_fail("%s: cannot be written: %s", path, strerror(errno));
-#pragma omp critical(tbr_files)
-  o->next = global.open, global.open = o;
+/* A file being written, under a name that no other process uses until it is
+ * complete. */
+typedef struct {
+  FILE *file;
+  char *path, *temp;
+} Out;
+
+/* Leaves nothing half written, and says what is wrong. */
+TBR_NORETURN static void out_fail(const Out *o, const char *what) {
+  const char *why = strerror(errno);
+  if (o->file) fclose(o->file);
+  remove(o->temp);
+  tbr_fail("%s: cannot be %s: %s", o->path, what, why);
+}
+
+static Out out_open(const char *path) {
+  Out o = {.path = copy_string(path)};
+  o.temp = format_string("%s.%ld.tmp", path, (long)getpid());
+  if (!(o.file = fopen(o.temp, "wb"))) out_fail(&o, "written");
   return o;
 }
 
-static void out_write(Out *o, const void *bytes, size_t n) {
+static void out_write(const Out *o, const void *bytes, size_t n) {
   if (n && fwrite(bytes, 1, n, o->file) != n)
-    tbr_fail("%s: cannot be written to its end: %s", o->path, strerror(errno));
+    out_fail(o, "written to its end");
 }
 
 /* Flushes the file to the disk and gives it its final name. */
@@ -280,24 +283,16 @@ static void out_close(Out *o) {
   int bad = fflush(o->file) || fsync(fileno(o->file));
   bad = fclose(o->file) || bad;
   o->file = NULL;
-  if (bad)
-    tbr_fail("%s: cannot be written to its end: %s", o->path, strerror(errno));
-  if (rename(o->temp, o->path))
-    tbr_fail("%s: cannot be given its name: %s", o->path, strerror(errno));
-  Out **at = &global.open;
-#pragma omp critical(tbr_files)
-  {
-    while (*at && *at != o) at = &(*at)->next;
-    if (*at) *at = o->next;
-  }
-  free(o->path), free(o->temp), free(o);
+  if (bad) out_fail(o, "written to its end");
+  if (rename(o->temp, o->path)) out_fail(o, "given its name");
+  free(o->path), free(o->temp);
 }
 
 /* Writes n bytes as the whole content of path. */
 static void write_file(const char *path, const void *bytes, size_t n) {
-  Out *o = out_open(path);
-  out_write(o, bytes, n);
-  out_close(o);
+  Out o = out_open(path);
+  out_write(&o, bytes, n);
+  out_close(&o);
 }
 
 static char *path_in(const char *directory, const char *name) {
@@ -1283,19 +1278,19 @@ static void st_write(const char *path, const char *metadata,
   }
   buf_char(&head, '}');
   while (head.n % 8) buf_char(&head, ' '); /* so that the data is aligned */
-  Out *o = out_open(path);
+  Out o = out_open(path);
   buf_little_endian(&out, head.n, 8);
   buf_add(&out, head.s, head.n);
   for (size_t i = 0; i < n * n_blocks; i++) {
     const TbrTensor *t = &tensor[i % n];
     const real *x = block[i / n].at + t->at;
     for (const real *end = x + t->rows * t->columns; x < end; x++) {
-      if (out.n >= 4096) out_write(o, out.s, out.n), buf_clear(&out);
+      if (out.n >= 4096) out_write(&o, out.s, out.n), buf_clear(&out);
       buf_little_endian(&out, float_bits((float)*x), 4);
     }
   }
-  out_write(o, out.s, out.n);
-  out_close(o);
+  out_write(&o, out.s, out.n);
+  out_close(&o);
   buf_free(&head), buf_free(&out);
 }
 

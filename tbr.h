@@ -34,12 +34,14 @@ typedef float tbr_real;
 
 /* ---- errors and threads (chapter 1) ------------------------------------ */
 
-/* Ends what is going on with a message: removes half-written files, calls
- * the handler, and exits with status 1 if that returns. Never returns. */
+/* Ends what is going on with a message: calls the handler, and exits with
+ * status 1 if that returns. Never returns. Of threads that fail in the same
+ * parallel loop only one gets so far. */
 TBR_NORETURN TBR_PRINTF(1, 2) void tbr_fail(const char *format, ...);
 
 /* Sets the handler that tbr_fail calls; it may longjmp, which leaks what was
- * allocated on the way. NULL: print the message and exit. */
+ * allocated on the way, but not out of a parallel loop (tbr_ablate has one
+ * over its cells). NULL: print the message and exit. */
 void tbr_on_error(void (*handler)(const char *message));
 
 /* Threads of the parallel loops; 0 for all cores. No result depends on it. */

@@ -3,6 +3,7 @@
  * golden_tokenizer.py makes). TBR_REAL names that of real data. */
 #include "../tbr.c"
 #include "check.h"
+#include <sys/wait.h>
 
 static char folder[256], file_name[300];
 
@@ -25,6 +26,39 @@ static const char *put(const char *name, const void *bytes, size_t n) {
   FILE *f = fopen(in_folder(name), "wb"); /* write_file waits for the disk */
   if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) exit(2);
   return file_name;
+}
+
+/* All threads fail at once: one message, status 1. Before all that has threads,
+ * since it forks. */
+static void test_fail(void) {
+  int status = 0;
+  pid_t child;
+  fflush(stdout);
+  if (!(child = fork())) {
+    if (!freopen(in_folder("stderr"), "w", stderr)) exit(2);
+#pragma omp parallel for num_threads(8)
+    for (int i = 0; i < 64; i++) tbr_fail("at once");
+    exit(2);
+  }
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status));
+  EQUAL(WEXITSTATUS(status), 1);
+  char *said = read_file(in_folder("stderr"), NULL);
+  SAME(said, "tbr: at once\n");
+  free(said);
+}
+
+/* Until a file is complete its name is this process's own; a file that cannot
+ * be completed leaves nothing. */
+static void test_out(void) {
+  Out o = out_open(in_folder("out")), p = o;
+  char number[24];
+  snprintf(number, sizeof number, "%ld", (long)getpid());
+  CHECK(strstr(o.temp, number) && file_exists(o.temp) && !file_exists(o.path));
+  p.path = format_string("%s/no/such", folder);
+  p.temp = copy_string(o.temp);
+  FAILS(out_close(&p), "no/such: cannot be given its name");
+  CHECK(!file_exists(o.temp) && !file_exists(o.path));
+  free(o.temp), free(o.path), free(p.temp), free(p.path);
 }
 
 static Json *parse(const char *s) { return json_parse(s, strlen(s), "f", 1); }
@@ -537,6 +571,8 @@ static void test_golden(const char *where, const char *real_files) {
 
 int main(int argc, char **argv) {
   snprintf(folder, sizeof folder, "%s", check_folder(argc, argv));
+  test_fail();
+  test_out();
   test_json();
   test_csv();
   test_safetensors();
