@@ -4938,6 +4938,7 @@ static const TbrOptions default_options = {
     .text = "", .prompt = "", .in = "", .form = "native", .rule = "xstest",
     .reflection = "safety", .style = "own", .too_long = "drop", .arm = "",
     .mix = "pretrain", .of = "", .by = "model", .baseline = "sft", .grid = "",
+    .file = "",
     .sizes = {66000, 1500, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
     .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
     .hidden = 256, .context = 256, .pretrain_steps = 3000,
@@ -5172,9 +5173,9 @@ static void grid_claim(Grid *g, char *line, const char *where) {
   g->claim[g->claims++] = c;
 }
 
-/* Reads a grid; `over` (names and values in turn, then NULL) takes the place
- * of what the file says for all. */
-static Grid grid_read(const char *path, const char *const *over) {
+/* Reads a grid; options given (names and values in turn, then NULL) take the
+ * place of what the file says for all. */
+static Grid grid_read(const char *path, const char *const *given) {
   Grid g = {.text = read_file(path, NULL), .shared = default_options};
   size_t number = 0;
   for (char *line = g.text, *next; line; line = next) {
@@ -5184,9 +5185,9 @@ static Grid grid_read(const char *path, const char *const *over) {
     line[strcspn(line, "#")] = 0;
     line = trim(line);
     if (!strncmp(line, "arm ", 4)) {
-      for (size_t i = 0; !g.arms && over[i]; i += 2)
-        option_set(&g.shared, option_find(over[i], "ablate", "aA"),
-                   over[i + 1], over[i]);
+      for (size_t i = 0; !g.arms && given && given[i]; i += 2)
+        option_set(&g.shared, option_find(given[i], "ablate", "aA"),
+                   given[i + 1], given[i]);
       grid_arm(&g, line + 4, where);
     } else if (!strncmp(line, "claim ", 6)) {
       grid_claim(&g, line + 6, where);
@@ -5801,11 +5802,10 @@ static size_t bases_of(Job **base, Job *cell, size_t cells) {
   return n;
 }
 
-void tbr_ablate(const char *path, const char *const *over,
-                TbrResults *results) {
-  Grid g = grid_read(path, over);
+void tbr_ablate(const TbrOptions *o, TbrResults *results) {
+  Grid g = grid_read(o->grid, o->given);
   size_t seeds = g.shared.seeds, cells = seeds * g.arms, n = 0;
-  if (!seeds) tbr_fail("%s: seeds must be at least 1", path);
+  if (!seeds) tbr_fail("%s: seeds must be at least 1", o->grid);
   Job *cell = mem_new(cells, sizeof *cell);
   Job **job = mem_new(cells, sizeof *job);
   for (size_t i = 0; i < cells; i++)
@@ -5825,8 +5825,8 @@ void tbr_ablate(const char *path, const char *const *over,
   }
   for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
   make_directory(g.shared.out);
-  results_write(g.shared.out, results, path);
-  g.shared.grid = path;
+  results_write(g.shared.out, results, o->grid);
+  g.shared.grid = o->grid;
   tbr_report(results, &g.shared);
   for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
   free(cell), free(job), grid_free(&g);
@@ -6143,7 +6143,7 @@ void tbr_report(const TbrResults *r, const TbrOptions *o) {
   if (seeds > 1) seed_table(&to, r);
   type_table(&to, r);
   if (*o->grid) {
-    Grid g = grid_read(o->grid, (const char *const[]){NULL});
+    Grid g = grid_read(o->grid, NULL);
     claim_table(&to, r, &g);
     grid_free(&g);
   }
@@ -6211,18 +6211,18 @@ static uint64_t selftest(void) {
   return digest;
 }
 
-static int verb_selftest(const TbrOptions *o, char **argument) {
-  (void)o, (void)argument;
+static void verb_selftest(const TbrOptions *o) {
+  (void)o;
   char digest[17];
   if (!TBR_FAST_FMA)
     fprintf(stderr, "tbr: no hardware multiply-add promised here: results are "
             "exact all the same, but slower\n");
   snprintf(digest, sizeof digest, "%016llx", (unsigned long long)selftest());
   printf("digest %s\n", digest);
-  if (!strcmp(digest, selftest_digest)) return 0;
-  fprintf(stderr, "tbr: expected %s: this build does not compute what others "
-          "do; see \"Porting\" in README.md\n", selftest_digest);
-  return 1;
+  fflush(stdout);
+  if (strcmp(digest, selftest_digest))
+    tbr_fail("expected %s: this build does not compute what others do; see "
+             "\"Porting\" in README.md", selftest_digest);
 }
 
 /* ---- the verbs --------------------------------------------------------- */
@@ -6243,17 +6243,16 @@ static void print_rows(const char *directory, const char *name, size_t n) {
   free(path);
 }
 
-static int verb_data(const TbrOptions *o, char **argument) {
+static void verb_data(const TbrOptions *o) {
   static const char *const name[] = {"general.jsonl", "safety.jsonl",
                                      "bridge.jsonl", "pseudo.jsonl",
                                      "eval.jsonl"};
-  (void)argument;
   if (*o->in) {
     TbrExamples e = tbr_examples_read(o->in);
     tbr_examples_write(o->out, &e, o->form);
     fprintf(stderr, "tbr: %s: %zu examples\n", o->out, e.n);
     tbr_examples_free(&e);
-    return 0;
+    return;
   }
   tbr_world_make(o->world, o->seed, &o->sizes, o->out);
   char *path = path_in(o->out, "pretrain.txt"), *text = read_file(path, NULL);
@@ -6263,11 +6262,10 @@ static int verb_data(const TbrOptions *o, char **argument) {
     printf("  %s\n", line);
   for (size_t i = 0; i < 5; i++) print_rows(o->out, name[i], o->show);
   free(path), free(text);
-  return 0;
 }
 
-static int verb_show(const TbrOptions *o, char **argument) {
-  TbrExamples e = tbr_examples_read(argument[0]);
+static void verb_show(const TbrOptions *o) {
+  TbrExamples e = tbr_examples_read(o->file);
   TbrTokenizer *tok = tbr_tokenizer_load(
       *o->tokenizer ? o->tokenizer : o->model, 0);
   TbrSequences s = {0};
@@ -6276,7 +6274,7 @@ static int verb_show(const TbrOptions *o, char **argument) {
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < e.n && i < o->show; i++) {
     tbr_example_sequence(&s, tok, &e.row[i], reflect, (size_t)1 << 30, 0);
-    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", argument[0],
+    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", o->file,
            i + 1, s.first[s.n] - s.first[s.n - 1] + 1,
            colour ? "; green: the loss counts" : "");
     tbr_show_sequence(tok, &s, s.n - 1, colour);
@@ -6284,34 +6282,26 @@ static int verb_show(const TbrOptions *o, char **argument) {
   tbr_sequences_free(&s);
   tbr_tokenizer_free(tok);
   tbr_examples_free(&e);
-  return 0;
 }
 
-static int verb_tokenizer(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_tokenizer(const TbrOptions *o) {
   if (!*o->text) tbr_fail("--text names the text to learn from");
   tbr_make_tokenizer(o, o->out);
-  return 0;
 }
 
-static int verb_pretrain(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_pretrain(const TbrOptions *o) {
   if (!*o->text || !*o->tokenizer)
     tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
   tbr_pretrain(o, o->out);
-  return 0;
 }
 
-static int verb_train(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_train(const TbrOptions *o) {
   tbr_finetune(o, o->out);
-  return 0;
 }
 
 /* Prints what a model says to one prompt: as dialogue where it knows the
  * marks, else as text that goes on. */
-static int verb_generate(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_generate(const TbrOptions *o) {
   Pair p = pair_load(o->model, o->tokenizer);
   Marks mark = marks(p.tok);
   TbrSampling s = {o->temperature, o->top_p, o->tokens,
@@ -6342,25 +6332,22 @@ static int verb_generate(const TbrOptions *o, char **argument) {
   tbr_answers_free(said, 1);
   free(prompt.id);
   pair_free(&p);
-  return 0;
 }
 
-static int verb_eval(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_eval(const TbrOptions *o) {
   TbrResults r = {0};
   if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
   tbr_eval(o, o->out, &r);
   tbr_report(&r, o);
   free(r.row);
-  return 0;
 }
 
-static int verb_judge(const TbrOptions *o, char **argument) {
-  Csv csv = csv_read(argument[0]);
+static void verb_judge(const TbrOptions *o) {
+  Csv csv = csv_read(o->file);
   size_t column = csv_column(&csv, "completion");
   Buf b = {0};
   if (column == SIZE_MAX)
-    tbr_fail("%s:1: has no column `completion`", argument[0]);
+    tbr_fail("%s:1: has no column `completion`", o->file);
   for (size_t i = 0; i < csv.rows; i++) {
     for (size_t c = 0; c < csv.columns; c++) {
       csv_quote(&b, csv.cell[i * csv.columns + c]);
@@ -6374,29 +6361,26 @@ static int verb_judge(const TbrOptions *o, char **argument) {
   fwrite(b.s, 1, b.n, stdout);
   buf_free(&b);
   csv_free(&csv);
-  return 0;
 }
 
-static int verb_ablate(const TbrOptions *o, char **argument) {
-  (void)o;
+static void verb_ablate(const TbrOptions *o) {
   TbrResults r = {0};
-  tbr_ablate(argument[0], (const char *const *)argument + 1, &r);
+  TbrOptions with = *o;
+  with.grid = o->file;
+  tbr_ablate(&with, &r);
   free(r.row);
-  return 0;
 }
 
-static int verb_report(const TbrOptions *o, char **argument) {
+static void verb_report(const TbrOptions *o) {
   TbrResults r = {0};
-  results_read(argument[0], &r, NULL);
-  if (!r.n) tbr_fail("%s: has no results in it", argument[0]);
+  results_read(o->file, &r, NULL);
+  if (!r.n) tbr_fail("%s: has no results in it", o->file);
   tbr_report(&r, o);
   free(r.row);
-  return 0;
 }
 
-static int verb_info(const TbrOptions *o, char **argument) {
-  (void)o;
-  TbrModel *m = tbr_model_load(argument[0]);
+static void verb_info(const TbrOptions *o) {
+  TbrModel *m = tbr_model_load(o->file);
   const TbrConfig *c = &m->config;
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n"
@@ -6408,17 +6392,14 @@ static int verb_info(const TbrOptions *o, char **argument) {
     printf("%-48s %zu x %zu\n", m->tensor[i].name, m->tensor[i].rows,
            m->tensor[i].columns);
   tbr_model_free(m);
-  return 0;
 }
 
-static int verb_import(const TbrOptions *o, char **argument) {
-  (void)argument;
+static void verb_import(const TbrOptions *o) {
   Pair p = pair_load(o->base, o->tokenizer);
   tbr_model_save(p.model, o->out, tbr_special(p.tok, "<|bos|>"),
                  tbr_special(p.tok, "<|eos|>"));
   tbr_tokenizer_save(p.tok, o->out);
   pair_free(&p);
-  return 0;
 }
 
 /* ---- main -------------------------------------------------------------- */
@@ -6427,7 +6408,7 @@ static const struct {
   const char *name;
   const char *letters; /* in the table of options */
   const char *argument, *help;
-  int (*run)(const TbrOptions *o, char **argument);
+  void (*run)(const TbrOptions *o);
 } verb[] = {
     {"selftest", "x", "", "trains a tiny model and compares its digest",
      verb_selftest},
@@ -6493,28 +6474,30 @@ static int usage(size_t v, const char *format, const char *word) {
  * and runs it. */
 static int run_verb(size_t v, char **rest, size_t words) {
   TbrOptions o = default_options;
-  char **argument = mem_new(words + 2, sizeof *argument);
-  size_t n = *verb[v].argument ? 1 : 0, first = n; /* 0: the argument */
+  const char **given = mem_new(words + 2, sizeof *given);
+  size_t n = 0;
   for (; *rest; rest++) {
-    if (first && !argument[0] && strncmp(*rest, "--", 2)) {
-      argument[0] = *rest;
+    int named = !strncmp(*rest, "--", 2);
+    if (!named && *verb[v].argument && !*o.file) {
+      o.file = *rest;
       continue;
     }
-    char *word = strncmp(*rest, "--", 2) ? "" : *rest + 2;
-    size_t i = option_find(word, verb[v].name, verb[v].letters);
+    size_t i = named ? option_find(*rest + 2, verb[v].name, verb[v].letters)
+                     : OPTIONS;
     if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *rest);
     if (!rest[1]) return usage(v, "%s needs a value", *rest);
     option_set(&o, i, rest[1], *rest);
-    argument[n++] = word;
-    argument[n++] = *++rest;
+    given[n++] = *rest + 2;
+    given[n++] = *++rest;
   }
-  if (first && !argument[0])
+  if (*verb[v].argument && !*o.file)
     return usage(v, "this verb needs an argument: %s", verb[v].argument);
   options_check(&o);
+  o.given = given;
   tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
-  int status = verb[v].run(&o, argument);
-  free(argument);
-  return status;
+  verb[v].run(&o);
+  free(given);
+  return 0;
 }
 
 int tbr_main(int argc, char **argv) {

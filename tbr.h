@@ -357,6 +357,8 @@ typedef struct {
   const char *world, *out, *base, *model, *tokenizer, *general, *safety,
       *bridge, *pseudo, *prompts, *text, *prompt, *in, *form, *rule,
       *reflection, *style, *too_long, *arm, *mix, *of, *by, *baseline, *grid;
+  const char *file;         /* the argument of a verb that has one */
+  const char *const *given; /* options as given: name, value, ..., NULL */
   TbrWorldSizes sizes;
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
@@ -373,10 +375,9 @@ void tbr_finetune(const TbrOptions *options, const char *directory);
 void tbr_eval(const TbrOptions *options, const char *directory,
               TbrResults *results);
 
-/* Runs every arm of a grid file under every seed. over: names and values, in
- * turn, that take the place of what the grid says for all; then NULL. */
-void tbr_ablate(const char *grid, const char *const *over,
-                TbrResults *results);
+/* Runs every arm of a grid file under every seed; the options given take the
+ * place of what the grid says for all. */
+void tbr_ablate(const TbrOptions *options, TbrResults *results);
 
 /* Prints the tables, with the claims of options->grid decided by their own
  * rules, and writes report.md and report.csv into options->out. */
