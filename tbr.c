@@ -4961,11 +4961,9 @@ static const struct {
     {"documents", 'n', FIELD(sizes.documents), "dA", "to make for pretraining"},
     {"make.general", 'n', FIELD(sizes.general), "dA", "general rows to make"},
     {"make.safety", 'n', FIELD(sizes.safety), "dA", "safety rows to make"},
-    {"make.pseudo", 'n', FIELD(sizes.pseudo), "dA", "pseudo-harmful rows to "
-                                                    "make"},
+    {"make.pseudo", 'n', FIELD(sizes.pseudo), "dA", "pseudo-harmful rows"},
     {"make.bridge", 'n', FIELD(sizes.bridge), "dA", "bridging rows to make"},
-    {"test.pseudo", 'n', FIELD(sizes.eval_pseudo), "dA", "pseudo-harmful "
-                                                         "tests to make"},
+    {"test.pseudo", 'n', FIELD(sizes.eval_pseudo), "dA", "tests of each kind:"},
     {"test.harmful", 'n', FIELD(sizes.eval_harmful), "dA", "harmful ones"},
     {"test.general", 'n', FIELD(sizes.eval_general), "dA", "ordinary ones"},
     {"in", 's', FIELD(in), "d", "examples to convert; none: make the world's"},
@@ -4976,20 +4974,15 @@ static const struct {
     {"text", 's', FIELD(text), "kp", "text, a document a line"},
     {"mix", 's', FIELD(mix), "ab", "pretrain on this @mix of the world"},
     {"general", 's', FIELD(general), "ta", "file of general examples"},
-    {"safety", 's', FIELD(safety), "ta", "file of safety examples; in grids "
-                                         "also none"},
-    {"bridge", 's', FIELD(bridge), "ta", "file of harmful examples that ask "
-                                         "to think first"},
-    {"pseudo", 's', FIELD(pseudo), "ta", "file of pseudo-harmful examples"},
+    {"safety", 's', FIELD(safety), "ta", "file of harmful ones, or none"},
+    {"bridge", 's', FIELD(bridge), "ta", "harmful ones that ask to think"},
+    {"pseudo", 's', FIELD(pseudo), "ta", "file of pseudo-harmful ones"},
     {"prompts", 's', FIELD(prompts), "ea", "file of prompts to answer"},
     {"prompt", 's', FIELD(prompt), "g", "the text to answer or to go on from"},
-    {"out", 's', FIELD(out), "dkptemAr", "where to write: a directory; with "
-                                         "--in, a file"},
+    {"out", 's', FIELD(out), "dkptemAr", "directory, or file, to write"},
     {"arm", 's', FIELD(arm), "e", "the arm's name in the results"},
-    {"of", 's', FIELD(of), "a", "train nothing; evaluate the model of this "
-                                "arm"},
-    {"by", 's', FIELD(by), "a", "who answers: model, or form, a rule that "
-                                "sees no content"},
+    {"of", 's', FIELD(of), "a", "the arm whose model answers, untrained"},
+    {"by", 's', FIELD(by), "a", "who answers: model, or a rule of form"},
     {"baseline", 's', FIELD(baseline), "Ar", "the arm to compare with"},
     {"grid", 's', FIELD(grid), "r", "grid file whose claims are to be decided"},
     {"rule", 's', FIELD(rule), "eja", "to judge by: xstest or arditi"},
@@ -5013,26 +5006,19 @@ static const struct {
     {"train.warmup", 'n', FIELD(warmup), "ta", "warm-up steps"},
     {"train.lr", 'd', FIELD(lr), "ta", "peak learning rate"},
     {"train.decay", 'd', FIELD(decay), "ta", "weight decay"},
-    {"reflection", 's', FIELD(reflection), "sta", "on which examples: none, "
-                                                  "safety or all"},
-    {"share", 'd', FIELD(share), "ta", "with safety: and on this share of "
-                                       "general ones"},
-    {"style", 's', FIELD(style), "ta", "own, reworded, internal (the base's); "
-                                       "controls: filler, shuffled, label"},
-    {"noise", 'd', FIELD(noise), "ta", "share of reflections whose verdict is "
-                                       "wrong"},
-    {"filter", 'n', FIELD(filter), "ta", "1: no rows whose reflection "
-                                         "contradicts their label"},
-    {"asked", 'd', FIELD(asked), "ta", "share of general examples that ask to "
-                                       "think first"},
+    {"reflection", 's', FIELD(reflection), "sta", "on none, safety or all"},
+    {"share", 'd', FIELD(share), "ta", "and on this share of general ones"},
+    {"style", 's', FIELD(style), "ta", "own reworded internal filler "
+                                       "shuffled label"},
+    {"noise", 'd', FIELD(noise), "ta", "share of wrong verdicts"},
+    {"filter", 'n', FIELD(filter), "ta", "1: drop rows whose verdict is wrong"},
+    {"asked", 'd', FIELD(asked), "ta", "share of general ones asked to think"},
     {"general-rows", 'n', FIELD(general_rows), "ta", "the first N; 0: all"},
     {"safety-rows", 'n', FIELD(safety_rows), "ta", "the first N; 0: all"},
     {"bridge-rows", 'n', FIELD(bridge_rows), "ta", "the first N; 0: none"},
     {"pseudo-rows", 'n', FIELD(pseudo_rows), "ta", "the first N; 0: none"},
-    {"too-long", 's', FIELD(too_long), "ta", "rows beyond the context: drop "
-                                             "or cut"},
-    {"rows", 'n', FIELD(rows), "ptab", "tokens at a time; more are "
-                                       "accumulated"},
+    {"too-long", 's', FIELD(too_long), "ta", "rows too long: drop or cut"},
+    {"rows", 'n', FIELD(rows), "ptab", "tokens at a time"},
     {"save-every", 'n', FIELD(save_every), "ptA", "steps between checkpoints"},
     {"limit", 'n', FIELD(limit), "ea", "only N prompts, evenly spaced; 0: all"},
     {"think", 'n', FIELD(think), "ea", "1: prompts ask to think first"},
