@@ -1500,15 +1500,10 @@ void tbr_tokenizer_add_special(TbrTokenizer *t, const char *name) {
 
 void tbr_tokenizer_free(TbrTokenizer *t) {
   if (!t) return;
-  for (size_t i = 0; i < t->n; i++) {
-    buf_free(&t->token[i].name);
-    buf_free(&t->token[i].bytes);
-  }
-  free(t->token);
-  free(t->names.slot);
-  free(t->merge);
-  free(t->pairs.slot);
-  free(t);
+  for (size_t i = 0; i < t->n; i++)
+    buf_free(&t->token[i].name), buf_free(&t->token[i].bytes);
+  free(t->token), free(t->names.slot);
+  free(t->merge), free(t->pairs.slot), free(t);
 }
 
 /* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
@@ -1596,6 +1591,7 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   buf_add(&b, "", 0);
   int fresh = t->pieces; /* where encoding put a blank of its own */
   for (size_t i = 0; i < count; i++) {
+    if (ids[i] >= 0 && (size_t)ids[i] >= t->n) continue;
     const Token *token = token_at(t, ids[i]);
     size_t skip = fresh && *token->bytes.s == ' ';
     fresh = t->pieces && token->kind == SPECIAL;
@@ -1680,15 +1676,21 @@ static uint64_t corpus_best(const Corpus *c) {
   return best.key;
 }
 
+void tbr_tokenizer_add_marks(TbrTokenizer *t) {
+  static const char *const mark[] = {"<|bos|>",       "<|eos|>", "<|user|>",
+                                     "<|assistant|>", "<think>", "</think>"};
+  for (size_t i = 0; i < 6; i++)
+    if (tbr_special(t, mark[i]) < 0) tbr_tokenizer_add_special(t, mark[i]);
+}
+
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
-  static const char *const special[] = {
-      "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
   TbrTokenizer *t = mem_new(1, sizeof *t);
   Buf name = {0};
   if (vocab < 262 || vocab > INT32_MAX - 1)
     tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
              "ones and every byte", vocab);
-  for (size_t i = 0; i < 6; i++) tbr_tokenizer_add_special(t, special[i]);
+  if (!n) tbr_fail("there is no text to learn a tokenizer from: it is empty");
+  tbr_tokenizer_add_marks(t);
   for (unsigned i = 0; i < 256; i++, buf_clear(&name)) {
     buf_utf8(&name, byte_letter(i));
     token_add(t, TEXT, name.s, name.n, "a new tokenizer");
@@ -1704,9 +1706,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
   buf_free(&name);
-  free(c.symbol);
-  free(c.times);
-  free(c.pairs.slot);
+  free(c.symbol), free(c.times), free(c.pairs.slot);
   return t;
 }
 
@@ -1828,9 +1828,7 @@ static TbrTokenizer *load_json(const char *path) {
                path, have ? have->line : root->line, w->key);
   json_tokens(t, root);
   json_merges(t, json_get(model, "merges"));
-  buf_free(&form);
-  json_free(want);
-  json_free(root);
+  buf_free(&form), json_free(want), json_free(root);
   return t;
 }
 
@@ -1891,9 +1889,7 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
     tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
              "another model?)", path, vocab);
   derive_merges(t, order);
-  buf_free(&name);
-  free(order);
-  free(file);
+  buf_free(&name), free(order), free(file);
   return t;
 }
 
@@ -1918,14 +1914,6 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
 static void add_name(Buf *b, const char *before, const Buf *name) {
   add_json(b, before);
   json_quote(b, name->s, name->n);
-}
-
-/* Writes a file of a directory, and empties what was written. */
-static void save_part(const char *directory, const char *name, Buf *b) {
-  char *path = format_string("%s/%s", directory, name);
-  write_file(path, b->s, b->n);
-  free(path);
-  buf_clear(b);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
@@ -1957,7 +1945,8 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
     add_name(&b, i ? ",\n" : "\n", &both);
   }
   buf_str(&b, "]}}\n");
-  save_part(directory, "tokenizer.json", &b);
+  write_in(directory, "tokenizer.json", b.s, b.n);
+  buf_clear(&b);
   add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
                "  'clean_up_tokenization_spaces': false");
   if (bos >= 0) add_name(&b, ",\n  'bos_token': ", &t->token[bos].name);
@@ -1965,9 +1954,8 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
   if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0)
     buf_printf(&b, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&b, "\n}\n");
-  save_part(directory, "tokenizer_config.json", &b);
-  buf_free(&both);
-  buf_free(&b);
+  write_in(directory, "tokenizer_config.json", b.s, b.n);
+  buf_free(&both), buf_free(&b);
 }
 /* ======================================================================
  * Chapter 6: data
@@ -3047,13 +3035,6 @@ static Marks marks_needed(const TbrTokenizer *tok) {
     tbr_fail("the tokenizer has no dialogue marks (<|user|>, <|assistant|>, "
              "<think>, ...); `tbr train` adds them to a base model");
   return m;
-}
-
-void tbr_tokenizer_add_marks(TbrTokenizer *tok) {
-  static const char *const name[] = {"<|bos|>",       "<|eos|>", "<|user|>",
-                                     "<|assistant|>", "<think>", "</think>"};
-  for (size_t i = 0; i < 6; i++)
-    if (tbr_special(tok, name[i]) < 0) tbr_tokenizer_add_special(tok, name[i]);
 }
 
 /* Appends the tokens up to and including <|assistant|>. */

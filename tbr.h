@@ -92,7 +92,8 @@ size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
  * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing. */
+ * n bytes exactly; special tokens decode to nothing, and so do ids beyond the
+ * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,

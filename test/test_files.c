@@ -361,9 +361,14 @@ static void test_byte_level(void) {
   FAILS(tbr_token(t, -1, NULL), "does not exist");
   FAILS(tbr_tokenizer_add_special(t, "<think>"), "already");
   FAILS(tbr_tokenizer_train("", 0, 261), "at least 262");
-  TbrTokenizer *empty = tbr_tokenizer_train("", 0, 300);
+  FAILS(tbr_tokenizer_train("", 0, 300), "no text to learn");
+  TbrTokenizer *empty = tbr_tokenizer_train("a", 1, 300);
   CHECK(tbr_tokenizer_vocab(empty) == 262);
   round_trip(empty, text, strlen(text));
+  const int32_t beyond[] = {262, 6 + 'a', 300}; /* of a model that has more */
+  char *letter = tbr_decode(empty, beyond, 3, NULL);
+  SAME(letter, "a");
+  free(letter);
   tbr_tokenizer_free(empty);
   round_trips(t);
   tbr_tokenizer_add_special(t, "<|more|>");

@@ -274,7 +274,7 @@ static char *log_of(const char *folder, const char *name) {
 }
 
 static void test_resume(const char *folder) {
-  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTokenizer *tok = tbr_tokenizer_train("a", 1, 262);
   TbrTraining t = some_training();
   TbrModel *m = small_model(1, 1);
   real *want = trained(1, &t);
@@ -299,7 +299,7 @@ static void test_resume(const char *folder) {
  * is said, or trained anew, but never taken. Follows test_resume. */
 static void test_other_size(const char *folder) {
   char *directory = path_in(folder, "resume-0");
-  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTokenizer *tok = tbr_tokenizer_train("a", 1, 262);
   TbrTraining t = some_training();
   TbrModel *m = small_model(1, 1);
   TbrConfig c = m->config;
