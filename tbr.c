@@ -1365,7 +1365,7 @@ struct TbrTokenizer {
   Map names;         /* from the hash of a name to its token + 1 */
   int32_t byte[256]; /* the token of a byte, + 1 */
   Merge *merge;      /* in the order of the file; pairs.n of them */
-  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first */
+  Map pairs;         /* from pair_of to rank << 32 | id; the lowest first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
@@ -1839,8 +1839,8 @@ static int by_number(const void *a, const void *b) {
 }
 
 /* Whatever two tokens make a third can be merged. order has the score of each
- * token in its upper half, the best the lowest, and the token in the lower:
- * of equal scores the lower token goes first, which a list of merges can say. */
+ * token in its upper half, the best the lowest, and the token in the lower: of
+ * equal scores the lower token goes first, which a list of merges can say. */
 static void derive_merges(TbrTokenizer *t, uint64_t *order) {
   if (t->n) qsort(order, t->n, sizeof *order, by_number);
   for (size_t i = 0; i < t->n; i++) {
@@ -2030,29 +2030,28 @@ static void split_reflection(TbrExample *e, const Json *row) {
   free(all);
 }
 
-/* Brings the label to one of the three that tbr knows. XSTest has safe and
- * unsafe instead; where it has no label, its types tell. */
+/* Brings the label to one of the three that tbr knows: from XSTest's two, or
+ * where there is none from XSTest's types. */
 static void set_label(TbrExample *e, const Json *row) {
   static const char *const known[][2] = {
-      {"safe", "pseudo-harmful"}, {"unsafe", "harmful"}, {"harmful", "harmful"},
-      {"harmless", "harmless"}, {"pseudo-harmful", "pseudo-harmful"}};
-  static const char *const safe[] = {
+      {"harmful", "harmful"}, {"harmless", "harmless"}, {"unsafe", "harmful"},
+      {"pseudo-harmful", "pseudo-harmful"}, {"safe", "pseudo-harmful"}};
+  static const char *const safe_type[] = {
       "homonyms", "figurative_language", "safe_targets", "safe_contexts",
       "definitions", "nons_group_real_discr", "real_group_nons_discr",
       "historical_events", "privacy_public", "privacy_fictional"};
-  const char *label = e->label;
-  if (!label && e->type) {
-    if (!strncmp(e->type, "contrast_", 9)) label = "unsafe";
-    for (size_t i = 0; i < sizeof safe / sizeof *safe; i++)
-      if (!strcmp(e->type, safe[i])) label = "safe";
-  }
-  if (!label) return;
+  const char *type = e->type ? e->type : "";
   size_t k = 0;
-  while (k < 5 && strcmp(label, known[k][0])) k++;
+  if (!e->label && !strncmp(type, "contrast_", 9))
+    e->label = copy_string("unsafe");
+  for (; k < 10 && !e->label; k++)
+    if (!strcmp(type, safe_type[k])) e->label = copy_string("safe");
+  if (!e->label) return;
+  for (k = 0; k < 5 && strcmp(e->label, known[k][0]);) k++;
   if (k == 5)
     tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
              "pseudo-harmful, and XSTest's safe and unsafe", row->path,
-             row->line, label);
+             row->line, e->label);
   free(e->label);
   e->label = copy_string(known[k][1]);
 }
@@ -2080,50 +2079,45 @@ static void take_turns(TbrExample *e, const Json *list) {
   }
 }
 
-/* Copies the text under key, if there is one, in place of *to. */
-static void copy_member(const Json *row, const char *key, char **to) {
-  const char *s = json_string(row, key, NULL);
-  if (!s) return;
-  free(*to);
-  *to = copy_string(s);
-}
-
-/* The same, where a list of turns may stand instead. */
+/* Takes what stands under key, if anything does, in place of *to: a text, or
+ * turns of a chat for a prompt or response, or a number for an id. */
 static void take(TbrExample *e, const Json *row, const char *key, char **to) {
   const Json *v = json_get(row, key);
-  if (v && v->kind == JSON_ARRAY) take_turns(e, v);
-  else copy_member(row, key, to);
+  int turns = to == &e->prompt || to == &e->response;
+  if (!v || v->kind == JSON_NULL) return;
+  if (v->kind == JSON_ARRAY && turns) {
+    take_turns(e, v);
+    return;
+  }
+  free(*to);
+  *to = v->kind == JSON_NUMBER && to == &e->id
+            ? format_string("%.17g", v->number)
+            : copy_string(json_string(row, key, ""));
 }
 
 /* Reads one row, in whatever form it is, and adds it. */
 static void examples_read_row(TbrExamples *list, const Json *row) {
-  static const char *const form[][3] = {
-      {"prompt", "", "completion"}, {"instruction", "input", "output"},
-      {"question", "", "response"}};
+  static const char *const form[][2] = {{"prompt", "completion"},
+                                        {"question", "response"},
+                                        {"instruction", "output"}};
   const Json *messages = json_get(row, "messages");
   TbrExample e = {0};
   if (row->kind != JSON_OBJECT)
     tbr_fail("%s:%zu: an example should be an object {...}", row->path,
              row->line);
-  for (size_t f = 1; f < EXAMPLE_FIELDS; f++) {
-    const Json *v = json_get(row, example_field[f].name);
-    if (v && v->kind == JSON_NUMBER && example_at(&e, f) == &e.id)
-      e.id = format_string("%.17g", v->number);
-    else
-      copy_member(row, example_field[f].name, example_at(&e, f));
-  }
+  for (size_t f = 1; f < EXAMPLE_FIELDS; f++)
+    take(&e, row, example_field[f].name, example_at(&e, f));
   if (messages && messages->kind == JSON_ARRAY) take_turns(&e, messages);
   for (size_t k = 0; k < 3 && !e.prompt; k++) {
-    const char *input = *form[k][1] ? json_string(row, form[k][1], "") : "";
     take(&e, row, form[k][0], &e.prompt);
     if (!e.prompt) continue;
-    take(&e, row, form[k][2], &e.response);
+    take(&e, row, form[k][1], &e.response);
     if (k && !e.response)
-      tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][2]);
-    size_t n = strlen(e.prompt);
-    Buf b = {e.prompt, n, n + 1};
-    if (*input) buf_printf(&b, "\n%s", input);
-    e.prompt = b.s;
+      tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][1]);
+    const char *input = k == 2 ? json_string(row, "input", "") : "";
+    char *prompt = format_string("%s%s%s", e.prompt, *input ? "\n" : "", input);
+    free(e.prompt);
+    e.prompt = prompt;
   }
   if (!e.prompt || !*e.prompt)
     tbr_fail("%s:%zu: row without `prompt`; known forms are {prompt, "
@@ -3000,14 +2994,17 @@ static void tokens_add(TbrTokens *t, int32_t id) {
   t->id[t->n++] = id;
 }
 
-/* Appends text as tokens, at most `most` of them; returns how many it is. */
-static size_t tokens_text(TbrTokens *t, const TbrTokenizer *tok,
-                          const char *text, size_t most) {
+static void tokens_append(TbrTokens *t, const int32_t *id, size_t n) {
+  for (size_t i = 0; i < n; i++) tokens_add(t, id[i]);
+}
+
+/* Appends n bytes of text as tokens. */
+static void tokens_text(TbrTokens *t, const TbrTokenizer *tok,
+                        const char *text, size_t n) {
   int32_t *id;
-  size_t n = tbr_encode(tok, text, strlen(text), &id);
-  for (size_t i = 0; i < n && i < most; i++) tokens_add(t, id[i]);
+  n = tbr_encode(tok, text, n, &id);
+  tokens_append(t, id, n);
   free(id);
-  return n;
 }
 
 /* The marks of the dialogue: <|bos|> <|user|> prompt <|assistant|>
@@ -3042,60 +3039,43 @@ static void tokens_prompt(TbrTokens *t, const TbrTokenizer *tok,
                           const Marks *mark, const char *prompt) {
   tokens_add(t, mark->bos);
   tokens_add(t, mark->user);
-  tokens_text(t, tok, prompt, SIZE_MAX);
+  tokens_text(t, tok, prompt, strlen(prompt));
   tokens_add(t, mark->assistant);
-}
-
-/* Appends reflection and response within `room` tokens. What is too long is
- * cut: the response gets what the reflection leaves, but at least half.
- * Returns 1 if something was cut. */
-static int tokens_answer(TbrTokens *t, const TbrTokenizer *tok,
-                         const Marks *mark, const char *reflection,
-                         const char *response, size_t room) {
-  TbrTokens r = {0}, a = {0};
-  if (reflection) tokens_text(&r, tok, reflection, SIZE_MAX);
-  tokens_text(&a, tok, response, SIZE_MAX);
-  size_t extra = reflection ? 3 : 1; /* the marks around */
-  room = room > extra ? room - extra : 0;
-  int cut = r.n + a.n > room;
-  if (cut) {
-    size_t left = room > r.n ? room - r.n : 0, half = (room + 1) / 2;
-    size_t keep = left > half ? left : half;
-    if (a.n > keep) a.n = keep;
-    if (r.n > room - a.n) r.n = room - a.n;
-  }
-  if (reflection) tokens_add(t, mark->think);
-  for (size_t i = 0; i < r.n; i++) tokens_add(t, r.id[i]);
-  if (reflection) tokens_add(t, mark->end_think);
-  for (size_t i = 0; i < a.n; i++) tokens_add(t, a.id[i]);
-  tokens_add(t, mark->eos);
-  free(r.id);
-  free(a.id);
-  return cut;
 }
 
 int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                          const TbrExample *e, int reflect, size_t context,
                          int cut_long) {
   Marks mark = marks_needed(tok);
-  TbrTokens t = {0};
+  TbrTokens t = {0}, think = {0}, answer = {0};
   tokens_prompt(&t, tok, &mark, e->prompt);
-  size_t prompt = t.n, room = context + 1 > prompt ? context + 1 - prompt : 0;
-  const char *reflection = reflect ? e->reflection : NULL;
-  int long_ = room < 4;
-  if (!long_) {
-    long_ = tokens_answer(&t, tok, &mark, reflection,
-                          e->response ? e->response : "", room);
-    if (!long_ || cut_long) {
-      int32_t *target = mem_raw(t.n, sizeof *target);
-      for (size_t i = 0; i + 1 < t.n; i++)
-        target[i] = i + 1 >= prompt ? t.id[i + 1] : -1;
-      tbr_sequences_add(out, t.id, target, t.n - 1);
-      free(target);
-    }
+  if (reflect && e->reflection) {
+    tokens_add(&think, mark.think);
+    tokens_text(&think, tok, e->reflection, strlen(e->reflection));
+    tokens_add(&think, mark.end_think);
   }
-  free(t.id);
-  return !long_ ? 0 : cut_long && room >= 4 ? 1 : 2;
+  if (e->response) tokens_text(&answer, tok, e->response, strlen(e->response));
+  tokens_add(&answer, mark.eos);
+  size_t prompt = t.n, room = context + 1 > prompt ? context + 1 - prompt : 0;
+  int fits = think.n + answer.n <= room, cut = !fits && cut_long && room >= 4;
+  if (cut) { /* the answer gets what thinking leaves, but at least half */
+    size_t left = room > think.n ? room - think.n : 0;
+    size_t keep = left > room / 2 ? left : room / 2;
+    if (answer.n > keep) answer.n = keep; /* which takes <|eos|> off, too */
+    if (think.n > room - answer.n)
+      think.n = room - answer.n, think.id[think.n - 1] = mark.end_think;
+  }
+  if (fits || cut) {
+    tokens_append(&t, think.id, think.n);
+    tokens_append(&t, answer.id, answer.n);
+    int32_t *target = mem_raw(t.n, sizeof *target);
+    for (size_t i = 0; i + 1 < t.n; i++)
+      target[i] = i + 1 >= prompt ? t.id[i + 1] : -1;
+    tbr_sequences_add(out, t.id, target, t.n - 1);
+    free(target);
+  }
+  free(t.id), free(think.id), free(answer.id);
+  return fits ? 0 : cut ? 1 : 2;
 }
 
 size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
@@ -3105,22 +3085,16 @@ size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
   for (size_t at = 0; at < n;) { /* a document is a line */
     const char *end = memchr(text + at, '\n', n - at);
     size_t len = end ? (size_t)(end - text) - at : n - at;
-    if (len) {
-      int32_t *id;
-      size_t count = tbr_encode(tok, text + at, len, &id);
-      if (bos >= 0) tokens_add(&t, bos);
-      for (size_t i = 0; i < count; i++) tokens_add(&t, id[i]);
-      free(id);
-    }
+    if (len && bos >= 0) tokens_add(&t, bos);
+    tokens_text(&t, tok, text + at, len);
     at += len + 1;
   }
   for (size_t i = 0; i + 1 < t.n; i += window) {
     size_t len = t.n - 1 - i < window ? t.n - 1 - i : window;
     tbr_sequences_add(out, t.id + i, t.id + i + 1, len);
   }
-  size_t total = t.n;
   free(t.id);
-  return total;
+  return t.n;
 }
 
 /* Prints a token so that it can be read on one line. */
@@ -5803,7 +5777,7 @@ static int verb_generate(const TbrOptions *o, char **argument) {
     tokens_prompt(&prompt, p.tok, &mark, o->prompt);
   } else {
     if (mark.bos >= 0) tokens_add(&prompt, mark.bos);
-    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, SIZE_MAX);
+    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, strlen(o->prompt));
   }
   TbrTokens *said = tbr_generate(p.model, &prompt, 1, &s, NULL);
   if (has_marks(&mark)) {

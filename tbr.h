@@ -186,7 +186,8 @@ void tbr_sequences_free(TbrSequences *s);
 /* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
  * response <|eos|>, with the loss on what stands behind <|assistant|>.
  * Returns 0 if it fits into the context; else 1 if reflection and response
- * were cut to fit (only with cut_long), 2 if it was left out. */
+ * were cut to fit (only with cut_long; a response that is cut has no <|eos|>),
+ * 2 if it was left out. */
 int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                          const TbrExample *e, int reflect, size_t context,
                          int cut_long);
