@@ -815,6 +815,14 @@ static size_t utf8_decode(const char *s, size_t n, uint32_t *code) {
   return more + 1;
 }
 
+/* Takes a code point from *s, U+FFFD for a byte that isn't UTF-8. */
+static uint32_t utf8_take(const char **s, const char *end) {
+  uint32_t code = 0xfffd;
+  size_t n = utf8_decode(*s, (size_t)(end - *s), &code);
+  *s += n + !n;
+  return code;
+}
+
 /* A value; those of one array or object are a list. */
 typedef struct Json {
   enum JsonKind {
@@ -902,13 +910,19 @@ static char *json_take_string(JsonReader *r, size_t *length) {
   return b.s;
 }
 
+/* A value that is null as yet, of this place. */
+static Json *json_new(const JsonReader *r) {
+  Json *v = mem_new(1, sizeof *v);
+  v->line = r->line, v->path = r->path;
+  return v;
+}
+
 /* Any value; those inside it are one level deeper. */
 static Json *json_value(JsonReader *r, int depth) {
   static const char *const word[] = {"null", "false", "true"};
-  Json *v = mem_new(1, sizeof *v), **last = &v->child;
-  size_t n;
   json_next(r, 0, NULL);
-  v->line = r->line, v->path = r->path;
+  Json *v = json_new(r), **last = &v->child;
+  size_t n;
   for (; v->kind < JSON_NUMBER; v->kind++)
     if (!strncmp(r->at, word[v->kind], n = strlen(word[v->kind])))
       return r->at += n, v;
@@ -1001,12 +1015,11 @@ static const char *json_string(const Json *in, const char *key,
   return v ? v->string : otherwise;
 }
 
-/* Adds a JSON string literal. A byte that isn't UTF-8 becomes U+FFFD. */
+/* Adds a JSON string literal. */
 static void json_quote(Buf *b, const char *bytes, size_t n) {
   buf_char(b, '"');
-  for (size_t i = 0, step; i < n; i += step + !step) {
-    uint32_t code = 0xfffd;
-    step = utf8_decode(bytes + i, n - i, &code);
+  for (const char *end = bytes + n; bytes < end;) {
+    uint32_t code = utf8_take(&bytes, end);
     if (code == '"' || code == '\\') buf_printf(b, "\\%c", (int)code);
     else if (code == '\n') buf_str(b, "\\n");
     else if (code < 0x20) buf_printf(b, "\\u%04x", (unsigned)code);
@@ -1023,73 +1036,72 @@ static void json_field(Buf *b, const char *name, const char *text) {
   json_quote(b, text, strlen(text));
 }
 
-/* A table of text; row 0 is the header, line[row] where a row starts. */
-typedef struct {
-  size_t rows, columns, *line;
-  char **cell, *text; /* cell[row * columns + column], all inside text */
-} Csv;
-
-/* Reads a whole file, its cells in place. Empty lines are skipped, ragged
- * rows are errors. */
-static Csv csv_read(const char *path) {
-  Csv csv = {0};
-  size_t n, cells = 0, cell_cap = 0, line_cap = 0, line = 1;
-  char *at = csv.text = read_file(path, &n), end = '\n';
-  if (strlen(at) != n)
-    tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(at));
-  if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
-  for (char *to = at; end;) {
-    for (; *at == '\n' || *at == '\r'; at++) line += *at == '\n';
-    if (!*at) break;
-    csv.line = mem_grow(csv.line, &line_cap, csv.rows + 1, sizeof *csv.line);
-    csv.line[csv.rows] = line;
-    size_t before = cells;
-    do {
-      size_t first = line;
-      int quoted = *at == '"';
-      csv.cell = mem_grow(csv.cell, &cell_cap, cells + 1, sizeof *csv.cell);
-      csv.cell[cells++] = to;
-      at += quoted;
-      while (quoted ? *at != '"' || *++at == '"' : !strchr(",\r\n\"", *at)) {
-        if (!*at)
-          tbr_fail("%s:%zu: this quote is never closed", path, first);
-        line += *at == '\n';
-        *to++ = *at++; /* never ahead of what was read */
-      }
-      if (!strchr(",\r\n", end = *at)) /* which finds the final 0 as well */
-        tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
-                 "quotes, and this one doubled", path, line);
-      at += end != 0;
-      line += end == '\n';
-      *to++ = 0;
-    } while (end == ',');
-    if (!csv.rows++) csv.columns = cells;
-    if (cells - before != csv.columns)
-      tbr_fail("%s:%zu: %zu cells where the header has %zu", path,
-               csv.line[csv.rows - 1], cells - before, csv.columns);
+/* Takes one cell of CSV as a string, or as null if it is empty. */
+static Json *csv_cell(JsonReader *r) {
+  Json *v = json_new(r);
+  Buf b = {0};
+  int quoted = *r->at == '"';
+  r->at += quoted;
+  buf_str(&b, "");
+  while (quoted ? *r->at != '"' || *++r->at == '"'
+                : !strchr(",\r\n\"", *r->at)) {
+    if (!*r->at)
+      tbr_fail("%s:%zu: this quote is never closed", r->path, v->line);
+    r->line += *r->at == '\n';
+    buf_char(&b, *r->at++);
   }
-  if (!csv.rows) tbr_fail("%s: is empty; a header should come first", path);
-  return csv;
+  if (!strchr(",\r\n", *r->at)) /* which finds the final 0 as well */
+    tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
+             "quotes, and this one doubled", r->path, r->line);
+  v->kind = b.n ? JSON_STRING : JSON_NULL;
+  v->string = b.s, v->length = b.n;
+  return v;
 }
 
-/* The number of the column with that name, SIZE_MAX if there is none. */
-static size_t csv_column(const Csv *csv, const char *name) {
-  for (size_t i = 0; i < csv->columns; i++)
-    if (!strcmp(csv->cell[i], name)) return i;
-  return SIZE_MAX;
+/* Reads a file of CSV as JSON: an array of objects, of which the first is the
+ * header. Empty lines are skipped, ragged rows are errors. path must stay as
+ * long as the value. */
+static Json *csv_read(const char *path) {
+  size_t n, columns = 0;
+  char *text = read_file(path, &n);
+  JsonReader r = {text, text + n, text, path, 1};
+  Json *csv = json_new(&r), **row = &csv->child;
+  if (strlen(text) != n)
+    tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(text));
+  if (!strncmp(text, "\xef\xbb\xbf", 3)) r.at += 3;
+  for (csv->kind = JSON_ARRAY;; row = &(*row)->next) {
+    for (; *r.at == '\n' || *r.at == '\r'; r.at++) r.line += *r.at == '\n';
+    if (!*r.at) break;
+    Json **cell = &(*row = json_new(&r))->child;
+    const Json *name = csv->child->child; /* NULL in the header */
+    size_t cells = 0;
+    do {
+      r.at += cells++ > 0;
+      *cell = csv_cell(&r);
+      (*cell)->key = copy_string(name ? name->string : (*cell)->string);
+      if (name) name = name->next;
+      cell = &(*cell)->next;
+    } while (*r.at == ',');
+    if (!columns) columns = cells;
+    if (cells != columns)
+      tbr_fail("%s:%zu: %zu cells where the header has %zu", path,
+               (*row)->line, cells, columns);
+    (*row)->kind = JSON_OBJECT;
+  }
+  if (!columns) tbr_fail("%s: is empty; a header should come first", path);
+  free(text);
+  return csv;
 }
 
 /* Adds a cell, in quotes where it needs them. */
 static void csv_quote(Buf *b, const char *cell) {
   const char *quote = strpbrk(cell, ",\"\r\n") ? "\"" : "";
   buf_str(b, quote);
-  for (; *cell; buf_char(b, *cell++))
+  for (const char *end = cell + strlen(cell); cell < end;) {
     if (*cell == '"') buf_char(b, '"');
+    buf_utf8(b, utf8_take(&cell, end));
+  }
   buf_str(b, quote);
-}
-
-static void csv_free(Csv *csv) {
-  free(csv->cell), free(csv->line), free(csv->text);
 }
 
 /* The types of numbers that can be read. */
@@ -2129,24 +2141,6 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
   examples_take(list, e);
 }
 
-/* Reads a CSV file: a row becomes an object without its empty cells. */
-static void examples_read_csv(TbrExamples *list, const char *path) {
-  Csv csv = csv_read(path);
-  Json *v = mem_new(csv.columns, sizeof *v);
-  for (size_t i = 1; i < csv.rows; i++) {
-    Json row = {.kind = JSON_OBJECT, .path = path, .line = csv.line[i]};
-    for (size_t c = csv.columns; c-- > 0; row.child = &v[c]) {
-      char *s = csv.cell[i * csv.columns + c];
-      v[c] = (Json){.kind = *s ? JSON_STRING : JSON_NULL, .key = csv.cell[c],
-                    .string = s, .length = strlen(s), .line = row.line,
-                    .path = path, .next = row.child};
-    }
-    examples_read_row(list, &row);
-  }
-  free(v);
-  csv_free(&csv);
-}
-
 TbrExamples tbr_examples_read(const char *path) {
   TbrExamples list = {0};
   size_t n;
@@ -2154,14 +2148,14 @@ TbrExamples tbr_examples_read(const char *path) {
   if (!strncmp(start, "\xef\xbb\xbf", 3)) start += 3; /* byte order mark */
   JsonReader r = {start, text + n, start, path, 1};
   json_next(&r, 0, NULL);
-  if (*r.at != '[' && *r.at != '{') examples_read_csv(&list, path);
-  else
-    for (; r.at < r.end; json_next(&r, 0, NULL)) {
-      Json *v = json_value(&r, 0);
-      const Json *row = v->kind == JSON_ARRAY ? v->child : v;
-      for (; row; row = row->next) examples_read_row(&list, row);
-      json_free(v);
-    }
+  int csv = *r.at != '[' && *r.at != '{';
+  for (; r.at < r.end; json_next(&r, 0, NULL)) {
+    Json *v = csv ? csv_read(path) : json_value(&r, 0);
+    const Json *row = v->kind == JSON_ARRAY ? v->child : v;
+    if (csv) r.at = r.end, row = row->next;
+    for (; row; row = row->next) examples_read_row(&list, row);
+    json_free(v);
+  }
   free(text);
   if (!list.n) tbr_fail("%s: has no example in it", path);
   return list;
@@ -5812,24 +5806,24 @@ static int verb_eval(const TbrOptions *o, char **argument) {
 }
 
 static int verb_judge(const TbrOptions *o, char **argument) {
-  Csv csv = csv_read(argument[0]);
-  size_t column = csv_column(&csv, "completion");
+  Json *csv = csv_read(argument[0]);
+  const Json *row = csv->child;
   Buf b = {0};
-  if (column == SIZE_MAX)
+  if (!json_get(row, "completion"))
     tbr_fail("%s:1: has no column `completion`", argument[0]);
-  for (size_t i = 0; i < csv.rows; i++) {
-    for (size_t c = 0; c < csv.columns; c++) {
-      csv_quote(&b, csv.cell[i * csv.columns + c]);
+  for (; row; row = row->next) {
+    for (const Json *cell = row->child; cell; cell = cell->next) {
+      csv_quote(&b, cell->string);
       buf_char(&b, ',');
     }
-    const char *answer = csv.cell[i * csv.columns + column];
-    buf_printf(&b, "%s\n", i == 0 ? "judgement"
+    const char *answer = json_get(row, "completion")->string;
+    buf_printf(&b, "%s\n", row == csv->child ? "judgement"
                            : tbr_refuses(answer, o->rule) ? "full_refusal"
                                                           : "full_compliance");
   }
   fwrite(b.s, 1, b.n, stdout);
   buf_free(&b);
-  csv_free(&csv);
+  json_free(csv);
   return 0;
 }
 
