@@ -815,6 +815,14 @@ static size_t utf8_decode(const char *s, size_t n, uint32_t *code) {
   return more + 1;
 }
 
+/* Takes a code point from *s, U+FFFD for a byte that isn't UTF-8. */
+static uint32_t utf8_take(const char **s, const char *end) {
+  uint32_t code = 0xfffd;
+  size_t n = utf8_decode(*s, (size_t)(end - *s), &code);
+  *s += n + !n;
+  return code;
+}
+
 /* A value; those of one array or object are a list. */
 typedef struct Json {
   enum JsonKind {
@@ -902,13 +910,19 @@ static char *json_take_string(JsonReader *r, size_t *length) {
   return b.s;
 }
 
+/* A value that is null as yet, of this place. */
+static Json *json_new(const JsonReader *r) {
+  Json *v = mem_new(1, sizeof *v);
+  v->line = r->line, v->path = r->path;
+  return v;
+}
+
 /* Any value; those inside it are one level deeper. */
 static Json *json_value(JsonReader *r, int depth) {
   static const char *const word[] = {"null", "false", "true"};
-  Json *v = mem_new(1, sizeof *v), **last = &v->child;
-  size_t n;
   json_next(r, 0, NULL);
-  v->line = r->line, v->path = r->path;
+  Json *v = json_new(r), **last = &v->child;
+  size_t n;
   for (; v->kind < JSON_NUMBER; v->kind++)
     if (!strncmp(r->at, word[v->kind], n = strlen(word[v->kind])))
       return r->at += n, v;
@@ -1001,12 +1015,11 @@ static const char *json_string(const Json *in, const char *key,
   return v ? v->string : otherwise;
 }
 
-/* Adds a JSON string literal. A byte that isn't UTF-8 becomes U+FFFD. */
+/* Adds a JSON string literal. */
 static void json_quote(Buf *b, const char *bytes, size_t n) {
   buf_char(b, '"');
-  for (size_t i = 0, step; i < n; i += step + !step) {
-    uint32_t code = 0xfffd;
-    step = utf8_decode(bytes + i, n - i, &code);
+  for (const char *end = bytes + n; bytes < end;) {
+    uint32_t code = utf8_take(&bytes, end);
     if (code == '"' || code == '\\') buf_printf(b, "\\%c", (int)code);
     else if (code == '\n') buf_str(b, "\\n");
     else if (code < 0x20) buf_printf(b, "\\u%04x", (unsigned)code);
@@ -1023,73 +1036,72 @@ static void json_field(Buf *b, const char *name, const char *text) {
   json_quote(b, text, strlen(text));
 }
 
-/* A table of text; row 0 is the header, line[row] where a row starts. */
-typedef struct {
-  size_t rows, columns, *line;
-  char **cell, *text; /* cell[row * columns + column], all inside text */
-} Csv;
-
-/* Reads a whole file, its cells in place. Empty lines are skipped, ragged
- * rows are errors. */
-static Csv csv_read(const char *path) {
-  Csv csv = {0};
-  size_t n, cells = 0, cell_cap = 0, line_cap = 0, line = 1;
-  char *at = csv.text = read_file(path, &n), end = '\n';
-  if (strlen(at) != n)
-    tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(at));
-  if (!strncmp(at, "\xef\xbb\xbf", 3)) at += 3;
-  for (char *to = at; end;) {
-    for (; *at == '\n' || *at == '\r'; at++) line += *at == '\n';
-    if (!*at) break;
-    csv.line = mem_grow(csv.line, &line_cap, csv.rows + 1, sizeof *csv.line);
-    csv.line[csv.rows] = line;
-    size_t before = cells;
-    do {
-      size_t first = line;
-      int quoted = *at == '"';
-      csv.cell = mem_grow(csv.cell, &cell_cap, cells + 1, sizeof *csv.cell);
-      csv.cell[cells++] = to;
-      at += quoted;
-      while (quoted ? *at != '"' || *++at == '"' : !strchr(",\r\n\"", *at)) {
-        if (!*at)
-          tbr_fail("%s:%zu: this quote is never closed", path, first);
-        line += *at == '\n';
-        *to++ = *at++; /* never ahead of what was read */
-      }
-      if (!strchr(",\r\n", end = *at)) /* which finds the final 0 as well */
-        tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
-                 "quotes, and this one doubled", path, line);
-      at += end != 0;
-      line += end == '\n';
-      *to++ = 0;
-    } while (end == ',');
-    if (!csv.rows++) csv.columns = cells;
-    if (cells - before != csv.columns)
-      tbr_fail("%s:%zu: %zu cells where the header has %zu", path,
-               csv.line[csv.rows - 1], cells - before, csv.columns);
+/* Takes one cell of CSV as a string, or as null if it is empty. */
+static Json *csv_cell(JsonReader *r) {
+  Json *v = json_new(r);
+  Buf b = {0};
+  int quoted = *r->at == '"';
+  r->at += quoted;
+  buf_str(&b, "");
+  while (quoted ? *r->at != '"' || *++r->at == '"'
+                : !strchr(",\r\n\"", *r->at)) {
+    if (!*r->at)
+      tbr_fail("%s:%zu: this quote is never closed", r->path, v->line);
+    r->line += *r->at == '\n';
+    buf_char(&b, *r->at++);
   }
-  if (!csv.rows) tbr_fail("%s: is empty; a header should come first", path);
-  return csv;
+  if (!strchr(",\r\n", *r->at)) /* which finds the final 0 as well */
+    tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
+             "quotes, and this one doubled", r->path, r->line);
+  v->kind = b.n ? JSON_STRING : JSON_NULL;
+  v->string = b.s, v->length = b.n;
+  return v;
 }
 
-/* The number of the column with that name, SIZE_MAX if there is none. */
-static size_t csv_column(const Csv *csv, const char *name) {
-  for (size_t i = 0; i < csv->columns; i++)
-    if (!strcmp(csv->cell[i], name)) return i;
-  return SIZE_MAX;
+/* Reads a file of CSV as JSON: an array of objects, of which the first is the
+ * header. Empty lines are skipped, ragged rows are errors. path must stay as
+ * long as the value. */
+static Json *csv_read(const char *path) {
+  size_t n, columns = 0;
+  char *text = read_file(path, &n);
+  JsonReader r = {text, text + n, text, path, 1};
+  Json *csv = json_new(&r), **row = &csv->child;
+  if (strlen(text) != n)
+    tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(text));
+  if (!strncmp(text, "\xef\xbb\xbf", 3)) r.at += 3;
+  for (csv->kind = JSON_ARRAY;; row = &(*row)->next) {
+    for (; *r.at == '\n' || *r.at == '\r'; r.at++) r.line += *r.at == '\n';
+    if (!*r.at) break;
+    Json **cell = &(*row = json_new(&r))->child;
+    const Json *name = csv->child->child; /* NULL in the header */
+    size_t cells = 0;
+    do {
+      r.at += cells++ > 0;
+      *cell = csv_cell(&r);
+      (*cell)->key = copy_string(name ? name->string : (*cell)->string);
+      if (name) name = name->next;
+      cell = &(*cell)->next;
+    } while (*r.at == ',');
+    if (!columns) columns = cells;
+    if (cells != columns)
+      tbr_fail("%s:%zu: %zu cells where the header has %zu", path,
+               (*row)->line, cells, columns);
+    (*row)->kind = JSON_OBJECT;
+  }
+  if (!columns) tbr_fail("%s: is empty; a header should come first", path);
+  free(text);
+  return csv;
 }
 
 /* Adds a cell, in quotes where it needs them. */
 static void csv_quote(Buf *b, const char *cell) {
   const char *quote = strpbrk(cell, ",\"\r\n") ? "\"" : "";
   buf_str(b, quote);
-  for (; *cell; buf_char(b, *cell++))
+  for (const char *end = cell + strlen(cell); cell < end;) {
     if (*cell == '"') buf_char(b, '"');
+    buf_utf8(b, utf8_take(&cell, end));
+  }
   buf_str(b, quote);
-}
-
-static void csv_free(Csv *csv) {
-  free(csv->cell), free(csv->line), free(csv->text);
 }
 
 /* The types of numbers that can be read. */
@@ -1365,7 +1377,7 @@ struct TbrTokenizer {
   Map names;         /* from the hash of a name to its token + 1 */
   int32_t byte[256]; /* the token of a byte, + 1 */
   Merge *merge;      /* in the order of the file; pairs.n of them */
-  Map pairs;         /* from pair_of to rank << 32 | id; the lowest goes first */
+  Map pairs;         /* from pair_of to rank << 32 | id; the lowest first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
@@ -1500,15 +1512,10 @@ void tbr_tokenizer_add_special(TbrTokenizer *t, const char *name) {
 
 void tbr_tokenizer_free(TbrTokenizer *t) {
   if (!t) return;
-  for (size_t i = 0; i < t->n; i++) {
-    buf_free(&t->token[i].name);
-    buf_free(&t->token[i].bytes);
-  }
-  free(t->token);
-  free(t->names.slot);
-  free(t->merge);
-  free(t->pairs.slot);
-  free(t);
+  for (size_t i = 0; i < t->n; i++)
+    buf_free(&t->token[i].name), buf_free(&t->token[i].bytes);
+  free(t->token), free(t->names.slot);
+  free(t->merge), free(t->pairs.slot), free(t);
 }
 
 /* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
@@ -1596,6 +1603,7 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   buf_add(&b, "", 0);
   int fresh = t->pieces; /* where encoding put a blank of its own */
   for (size_t i = 0; i < count; i++) {
+    if (ids[i] >= 0 && (size_t)ids[i] >= t->n) continue;
     const Token *token = token_at(t, ids[i]);
     size_t skip = fresh && *token->bytes.s == ' ';
     fresh = t->pieces && token->kind == SPECIAL;
@@ -1680,15 +1688,21 @@ static uint64_t corpus_best(const Corpus *c) {
   return best.key;
 }
 
+void tbr_tokenizer_add_marks(TbrTokenizer *t) {
+  static const char *const mark[] = {"<|bos|>",       "<|eos|>", "<|user|>",
+                                     "<|assistant|>", "<think>", "</think>"};
+  for (size_t i = 0; i < 6; i++)
+    if (tbr_special(t, mark[i]) < 0) tbr_tokenizer_add_special(t, mark[i]);
+}
+
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
-  static const char *const special[] = {
-      "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
   TbrTokenizer *t = mem_new(1, sizeof *t);
   Buf name = {0};
   if (vocab < 262 || vocab > INT32_MAX - 1)
     tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
              "ones and every byte", vocab);
-  for (size_t i = 0; i < 6; i++) tbr_tokenizer_add_special(t, special[i]);
+  if (!n) tbr_fail("there is no text to learn a tokenizer from: it is empty");
+  tbr_tokenizer_add_marks(t);
   for (unsigned i = 0; i < 256; i++, buf_clear(&name)) {
     buf_utf8(&name, byte_letter(i));
     token_add(t, TEXT, name.s, name.n, "a new tokenizer");
@@ -1704,9 +1718,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
   buf_free(&name);
-  free(c.symbol);
-  free(c.times);
-  free(c.pairs.slot);
+  free(c.symbol), free(c.times), free(c.pairs.slot);
   return t;
 }
 
@@ -1828,9 +1840,7 @@ static TbrTokenizer *load_json(const char *path) {
                path, have ? have->line : root->line, w->key);
   json_tokens(t, root);
   json_merges(t, json_get(model, "merges"));
-  buf_free(&form);
-  json_free(want);
-  json_free(root);
+  buf_free(&form), json_free(want), json_free(root);
   return t;
 }
 
@@ -1841,8 +1851,8 @@ static int by_number(const void *a, const void *b) {
 }
 
 /* Whatever two tokens make a third can be merged. order has the score of each
- * token in its upper half, the best the lowest, and the token in the lower:
- * of equal scores the lower token goes first, which a list of merges can say. */
+ * token in its upper half, the best the lowest, and the token in the lower: of
+ * equal scores the lower token goes first, which a list of merges can say. */
 static void derive_merges(TbrTokenizer *t, uint64_t *order) {
   if (t->n) qsort(order, t->n, sizeof *order, by_number);
   for (size_t i = 0; i < t->n; i++) {
@@ -1891,9 +1901,7 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
     tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
              "another model?)", path, vocab);
   derive_merges(t, order);
-  buf_free(&name);
-  free(order);
-  free(file);
+  buf_free(&name), free(order), free(file);
   return t;
 }
 
@@ -1918,14 +1926,6 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
 static void add_name(Buf *b, const char *before, const Buf *name) {
   add_json(b, before);
   json_quote(b, name->s, name->n);
-}
-
-/* Writes a file of a directory, and empties what was written. */
-static void save_part(const char *directory, const char *name, Buf *b) {
-  char *path = format_string("%s/%s", directory, name);
-  write_file(path, b->s, b->n);
-  free(path);
-  buf_clear(b);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
@@ -1957,7 +1957,8 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
     add_name(&b, i ? ",\n" : "\n", &both);
   }
   buf_str(&b, "]}}\n");
-  save_part(directory, "tokenizer.json", &b);
+  write_in(directory, "tokenizer.json", b.s, b.n);
+  buf_clear(&b);
   add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
                "  'clean_up_tokenization_spaces': false");
   if (bos >= 0) add_name(&b, ",\n  'bos_token': ", &t->token[bos].name);
@@ -1965,9 +1966,8 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
   if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0)
     buf_printf(&b, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&b, "\n}\n");
-  save_part(directory, "tokenizer_config.json", &b);
-  buf_free(&both);
-  buf_free(&b);
+  write_in(directory, "tokenizer_config.json", b.s, b.n);
+  buf_free(&both), buf_free(&b);
 }
 /* ======================================================================
  * Chapter 6: data
@@ -2043,29 +2043,28 @@ static void split_reflection(TbrExample *e, const Json *row) {
   free(all);
 }
 
-/* Brings the label to one of the three that tbr knows. XSTest has safe and
- * unsafe instead; where it has no label, its types tell. */
+/* Brings the label to one of the three that tbr knows: from XSTest's two, or
+ * where there is none from XSTest's types. */
 static void set_label(TbrExample *e, const Json *row) {
   static const char *const known[][2] = {
-      {"safe", "pseudo-harmful"}, {"unsafe", "harmful"}, {"harmful", "harmful"},
-      {"harmless", "harmless"}, {"pseudo-harmful", "pseudo-harmful"}};
-  static const char *const safe[] = {
+      {"harmful", "harmful"}, {"harmless", "harmless"}, {"unsafe", "harmful"},
+      {"pseudo-harmful", "pseudo-harmful"}, {"safe", "pseudo-harmful"}};
+  static const char *const safe_type[] = {
       "homonyms", "figurative_language", "safe_targets", "safe_contexts",
       "definitions", "nons_group_real_discr", "real_group_nons_discr",
       "historical_events", "privacy_public", "privacy_fictional"};
-  const char *label = e->label;
-  if (!label && e->type) {
-    if (!strncmp(e->type, "contrast_", 9)) label = "unsafe";
-    for (size_t i = 0; i < sizeof safe / sizeof *safe; i++)
-      if (!strcmp(e->type, safe[i])) label = "safe";
-  }
-  if (!label) return;
+  const char *type = e->type ? e->type : "";
   size_t k = 0;
-  while (k < 5 && strcmp(label, known[k][0])) k++;
+  if (!e->label && !strncmp(type, "contrast_", 9))
+    e->label = copy_string("unsafe");
+  for (; k < 10 && !e->label; k++)
+    if (!strcmp(type, safe_type[k])) e->label = copy_string("safe");
+  if (!e->label) return;
+  for (k = 0; k < 5 && strcmp(e->label, known[k][0]);) k++;
   if (k == 5)
     tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
              "pseudo-harmful, and XSTest's safe and unsafe", row->path,
-             row->line, label);
+             row->line, e->label);
   free(e->label);
   e->label = copy_string(known[k][1]);
 }
@@ -2093,50 +2092,45 @@ static void take_turns(TbrExample *e, const Json *list) {
   }
 }
 
-/* Copies the text under key, if there is one, in place of *to. */
-static void copy_member(const Json *row, const char *key, char **to) {
-  const char *s = json_string(row, key, NULL);
-  if (!s) return;
-  free(*to);
-  *to = copy_string(s);
-}
-
-/* The same, where a list of turns may stand instead. */
+/* Takes what stands under key, if anything does, in place of *to: a text, or
+ * turns of a chat for a prompt or response, or a number for an id. */
 static void take(TbrExample *e, const Json *row, const char *key, char **to) {
   const Json *v = json_get(row, key);
-  if (v && v->kind == JSON_ARRAY) take_turns(e, v);
-  else copy_member(row, key, to);
+  int turns = to == &e->prompt || to == &e->response;
+  if (!v || v->kind == JSON_NULL) return;
+  if (v->kind == JSON_ARRAY && turns) {
+    take_turns(e, v);
+    return;
+  }
+  free(*to);
+  *to = v->kind == JSON_NUMBER && to == &e->id
+            ? format_string("%.17g", v->number)
+            : copy_string(json_string(row, key, ""));
 }
 
 /* Reads one row, in whatever form it is, and adds it. */
 static void examples_read_row(TbrExamples *list, const Json *row) {
-  static const char *const form[][3] = {
-      {"prompt", "", "completion"}, {"instruction", "input", "output"},
-      {"question", "", "response"}};
+  static const char *const form[][2] = {{"prompt", "completion"},
+                                        {"question", "response"},
+                                        {"instruction", "output"}};
   const Json *messages = json_get(row, "messages");
   TbrExample e = {0};
   if (row->kind != JSON_OBJECT)
     tbr_fail("%s:%zu: an example should be an object {...}", row->path,
              row->line);
-  for (size_t f = 1; f < EXAMPLE_FIELDS; f++) {
-    const Json *v = json_get(row, example_field[f].name);
-    if (v && v->kind == JSON_NUMBER && example_at(&e, f) == &e.id)
-      e.id = format_string("%.17g", v->number);
-    else
-      copy_member(row, example_field[f].name, example_at(&e, f));
-  }
+  for (size_t f = 1; f < EXAMPLE_FIELDS; f++)
+    take(&e, row, example_field[f].name, example_at(&e, f));
   if (messages && messages->kind == JSON_ARRAY) take_turns(&e, messages);
   for (size_t k = 0; k < 3 && !e.prompt; k++) {
-    const char *input = *form[k][1] ? json_string(row, form[k][1], "") : "";
     take(&e, row, form[k][0], &e.prompt);
     if (!e.prompt) continue;
-    take(&e, row, form[k][2], &e.response);
+    take(&e, row, form[k][1], &e.response);
     if (k && !e.response)
-      tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][2]);
-    size_t n = strlen(e.prompt);
-    Buf b = {e.prompt, n, n + 1};
-    if (*input) buf_printf(&b, "\n%s", input);
-    e.prompt = b.s;
+      tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][1]);
+    const char *input = k == 2 ? json_string(row, "input", "") : "";
+    char *prompt = format_string("%s%s%s", e.prompt, *input ? "\n" : "", input);
+    free(e.prompt);
+    e.prompt = prompt;
   }
   if (!e.prompt || !*e.prompt)
     tbr_fail("%s:%zu: row without `prompt`; known forms are {prompt, "
@@ -2148,24 +2142,6 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
   examples_take(list, e);
 }
 
-/* Reads a CSV file: a row becomes an object without its empty cells. */
-static void examples_read_csv(TbrExamples *list, const char *path) {
-  Csv csv = csv_read(path);
-  Json *v = mem_new(csv.columns, sizeof *v);
-  for (size_t i = 1; i < csv.rows; i++) {
-    Json row = {.kind = JSON_OBJECT, .path = path, .line = csv.line[i]};
-    for (size_t c = csv.columns; c-- > 0; row.child = &v[c]) {
-      char *s = csv.cell[i * csv.columns + c];
-      v[c] = (Json){.kind = *s ? JSON_STRING : JSON_NULL, .key = csv.cell[c],
-                    .string = s, .length = strlen(s), .line = row.line,
-                    .path = path, .next = row.child};
-    }
-    examples_read_row(list, &row);
-  }
-  free(v);
-  csv_free(&csv);
-}
-
 TbrExamples tbr_examples_read(const char *path) {
   TbrExamples list = {0};
   size_t n;
@@ -2173,14 +2149,14 @@ TbrExamples tbr_examples_read(const char *path) {
   if (!strncmp(start, "\xef\xbb\xbf", 3)) start += 3; /* byte order mark */
   JsonReader r = {start, text + n, start, path, 1};
   json_next(&r, 0, NULL);
-  if (*r.at != '[' && *r.at != '{') examples_read_csv(&list, path);
-  else
-    for (; r.at < r.end; json_next(&r, 0, NULL)) {
-      Json *v = json_value(&r, 0);
-      const Json *row = v->kind == JSON_ARRAY ? v->child : v;
-      for (; row; row = row->next) examples_read_row(&list, row);
-      json_free(v);
-    }
+  int csv = *r.at != '[' && *r.at != '{';
+  for (; r.at < r.end; json_next(&r, 0, NULL)) {
+    Json *v = csv ? csv_read(path) : json_value(&r, 0);
+    const Json *row = v->kind == JSON_ARRAY ? v->child : v;
+    if (csv) r.at = r.end, row = row->next;
+    for (; row; row = row->next) examples_read_row(&list, row);
+    json_free(v);
+  }
   free(text);
   if (!list.n) tbr_fail("%s: has no example in it", path);
   return list;
@@ -3045,14 +3021,17 @@ static void tokens_add(TbrTokens *t, int32_t id) {
   t->id[t->n++] = id;
 }
 
-/* Appends text as tokens, at most `most` of them; returns how many it is. */
-static size_t tokens_text(TbrTokens *t, const TbrTokenizer *tok,
-                          const char *text, size_t most) {
+static void tokens_append(TbrTokens *t, const int32_t *id, size_t n) {
+  for (size_t i = 0; i < n; i++) tokens_add(t, id[i]);
+}
+
+/* Appends n bytes of text as tokens. */
+static void tokens_text(TbrTokens *t, const TbrTokenizer *tok,
+                        const char *text, size_t n) {
   int32_t *id;
-  size_t n = tbr_encode(tok, text, strlen(text), &id);
-  for (size_t i = 0; i < n && i < most; i++) tokens_add(t, id[i]);
+  n = tbr_encode(tok, text, n, &id);
+  tokens_append(t, id, n);
   free(id);
-  return n;
 }
 
 /* The marks of the dialogue: <|bos|> <|user|> prompt <|assistant|>
@@ -3082,72 +3061,48 @@ static Marks marks_needed(const TbrTokenizer *tok) {
   return m;
 }
 
-void tbr_tokenizer_add_marks(TbrTokenizer *tok) {
-  static const char *const name[] = {"<|bos|>",       "<|eos|>", "<|user|>",
-                                     "<|assistant|>", "<think>", "</think>"};
-  for (size_t i = 0; i < 6; i++)
-    if (tbr_special(tok, name[i]) < 0) tbr_tokenizer_add_special(tok, name[i]);
-}
-
 /* Appends the tokens up to and including <|assistant|>. */
 static void tokens_prompt(TbrTokens *t, const TbrTokenizer *tok,
                           const Marks *mark, const char *prompt) {
   tokens_add(t, mark->bos);
   tokens_add(t, mark->user);
-  tokens_text(t, tok, prompt, SIZE_MAX);
+  tokens_text(t, tok, prompt, strlen(prompt));
   tokens_add(t, mark->assistant);
-}
-
-/* Appends reflection and response within `room` tokens. What is too long is
- * cut: the response gets what the reflection leaves, but at least half.
- * Returns 1 if something was cut. */
-static int tokens_answer(TbrTokens *t, const TbrTokenizer *tok,
-                         const Marks *mark, const char *reflection,
-                         const char *response, size_t room) {
-  TbrTokens r = {0}, a = {0};
-  if (reflection) tokens_text(&r, tok, reflection, SIZE_MAX);
-  tokens_text(&a, tok, response, SIZE_MAX);
-  size_t extra = reflection ? 3 : 1; /* the marks around */
-  room = room > extra ? room - extra : 0;
-  int cut = r.n + a.n > room;
-  if (cut) {
-    size_t left = room > r.n ? room - r.n : 0, half = (room + 1) / 2;
-    size_t keep = left > half ? left : half;
-    if (a.n > keep) a.n = keep;
-    if (r.n > room - a.n) r.n = room - a.n;
-  }
-  if (reflection) tokens_add(t, mark->think);
-  for (size_t i = 0; i < r.n; i++) tokens_add(t, r.id[i]);
-  if (reflection) tokens_add(t, mark->end_think);
-  for (size_t i = 0; i < a.n; i++) tokens_add(t, a.id[i]);
-  tokens_add(t, mark->eos);
-  free(r.id);
-  free(a.id);
-  return cut;
 }
 
 int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                          const TbrExample *e, int reflect, size_t context,
                          int cut_long) {
   Marks mark = marks_needed(tok);
-  TbrTokens t = {0};
+  TbrTokens t = {0}, think = {0}, answer = {0};
   tokens_prompt(&t, tok, &mark, e->prompt);
-  size_t prompt = t.n, room = context + 1 > prompt ? context + 1 - prompt : 0;
-  const char *reflection = reflect ? e->reflection : NULL;
-  int long_ = room < 4;
-  if (!long_) {
-    long_ = tokens_answer(&t, tok, &mark, reflection,
-                          e->response ? e->response : "", room);
-    if (!long_ || cut_long) {
-      int32_t *target = mem_raw(t.n, sizeof *target);
-      for (size_t i = 0; i + 1 < t.n; i++)
-        target[i] = i + 1 >= prompt ? t.id[i + 1] : -1;
-      tbr_sequences_add(out, t.id, target, t.n - 1);
-      free(target);
-    }
+  if (reflect && e->reflection) {
+    tokens_add(&think, mark.think);
+    tokens_text(&think, tok, e->reflection, strlen(e->reflection));
+    tokens_add(&think, mark.end_think);
   }
-  free(t.id);
-  return !long_ ? 0 : cut_long && room >= 4 ? 1 : 2;
+  if (e->response) tokens_text(&answer, tok, e->response, strlen(e->response));
+  tokens_add(&answer, mark.eos);
+  size_t prompt = t.n, room = context + 1 > prompt ? context + 1 - prompt : 0;
+  int fits = think.n + answer.n <= room, cut = !fits && cut_long && room >= 4;
+  if (cut) { /* the answer gets what thinking leaves, but at least half */
+    size_t left = room > think.n ? room - think.n : 0;
+    size_t keep = left > room / 2 ? left : room / 2;
+    if (answer.n > keep) answer.n = keep; /* which takes <|eos|> off, too */
+    if (think.n > room - answer.n)
+      think.n = room - answer.n, think.id[think.n - 1] = mark.end_think;
+  }
+  if (fits || cut) {
+    tokens_append(&t, think.id, think.n);
+    tokens_append(&t, answer.id, answer.n);
+    int32_t *target = mem_raw(t.n, sizeof *target);
+    for (size_t i = 0; i + 1 < t.n; i++)
+      target[i] = i + 1 >= prompt ? t.id[i + 1] : -1;
+    tbr_sequences_add(out, t.id, target, t.n - 1);
+    free(target);
+  }
+  free(t.id), free(think.id), free(answer.id);
+  return fits ? 0 : cut ? 1 : 2;
 }
 
 size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
@@ -3157,22 +3112,16 @@ size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
   for (size_t at = 0; at < n;) { /* a document is a line */
     const char *end = memchr(text + at, '\n', n - at);
     size_t len = end ? (size_t)(end - text) - at : n - at;
-    if (len) {
-      int32_t *id;
-      size_t count = tbr_encode(tok, text + at, len, &id);
-      if (bos >= 0) tokens_add(&t, bos);
-      for (size_t i = 0; i < count; i++) tokens_add(&t, id[i]);
-      free(id);
-    }
+    if (len && bos >= 0) tokens_add(&t, bos);
+    tokens_text(&t, tok, text + at, len);
     at += len + 1;
   }
   for (size_t i = 0; i + 1 < t.n; i += window) {
     size_t len = t.n - 1 - i < window ? t.n - 1 - i : window;
     tbr_sequences_add(out, t.id + i, t.id + i + 1, len);
   }
-  size_t total = t.n;
   free(t.id);
-  return total;
+  return t.n;
 }
 
 /* Prints a token so that it can be read on one line. */
@@ -6297,7 +6246,7 @@ static void verb_generate(const TbrOptions *o) {
     tokens_prompt(&prompt, p.tok, &mark, o->prompt);
   } else {
     if (mark.bos >= 0) tokens_add(&prompt, mark.bos);
-    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, SIZE_MAX);
+    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, strlen(o->prompt));
   }
   TbrTokens *said = tbr_generate(p.model, &prompt, 1, &s, NULL);
   if (has_marks(&mark)) {
@@ -6329,24 +6278,24 @@ static void verb_eval(const TbrOptions *o) {
 }
 
 static void verb_judge(const TbrOptions *o) {
-  Csv csv = csv_read(o->file);
-  size_t column = csv_column(&csv, "completion");
+  Json *csv = csv_read(o->file);
+  const Json *row = csv->child;
   Buf b = {0};
-  if (column == SIZE_MAX)
+  if (!json_get(row, "completion"))
     tbr_fail("%s:1: has no column `completion`", o->file);
-  for (size_t i = 0; i < csv.rows; i++) {
-    for (size_t c = 0; c < csv.columns; c++) {
-      csv_quote(&b, csv.cell[i * csv.columns + c]);
+  for (; row; row = row->next) {
+    for (const Json *cell = row->child; cell; cell = cell->next) {
+      csv_quote(&b, cell->string);
       buf_char(&b, ',');
     }
-    const char *answer = csv.cell[i * csv.columns + column];
-    buf_printf(&b, "%s\n", i == 0 ? "judgement"
+    const char *answer = json_get(row, "completion")->string;
+    buf_printf(&b, "%s\n", row == csv->child ? "judgement"
                            : tbr_refuses(answer, o->rule) ? "full_refusal"
                                                           : "full_compliance");
   }
   fwrite(b.s, 1, b.n, stdout);
   buf_free(&b);
-  csv_free(&csv);
+  json_free(csv);
 }
 
 static void verb_ablate(const TbrOptions *o) {

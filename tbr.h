@@ -92,7 +92,8 @@ size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
  * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing. */
+ * n bytes exactly; special tokens decode to nothing, and so do ids beyond the
+ * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
@@ -191,7 +192,8 @@ void tbr_sequences_free(TbrSequences *s);
 /* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
  * response <|eos|>, with the loss on what stands behind <|assistant|>.
  * Returns 0 if it fits into the context; else 1 if reflection and response
- * were cut to fit (only with cut_long), 2 if it was left out. */
+ * were cut to fit (only with cut_long; a response that is cut has no <|eos|>),
+ * 2 if it was left out. */
 int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                          const TbrExample *e, int reflect, size_t context,
                          int cut_long);

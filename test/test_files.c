@@ -152,21 +152,37 @@ static void test_json(void) {
   buf_free(&deep);
 }
 
-static Csv csv_of(const char *text) {
+static Json *csv_of(const char *text) {
   return csv_read(put("t.csv", text, strlen(text)));
 }
 
+/* A row of a table, and a cell of that. */
+static const Json *nth(const Json *list, size_t n) {
+  const Json *v = list->child;
+  while (n-- && v) v = v->next;
+  return v;
+}
+
 static void test_csv(void) {
-  Csv c = csv_of("\xef\xbb\xbf" "a,\"b\"\r\n\"x\r\ny\",\"q\"\"\"\n\n,\n\"\",2");
-  CHECK(c.rows == 4 && c.columns == 2 && csv_column(&c, "b") == 1);
-  CHECK(!strcmp(c.cell[0], "a") && csv_column(&c, "z") == SIZE_MAX);
-  CHECK(!strcmp(c.cell[2], "x\r\ny") && !strcmp(c.cell[3], "q\""));
-  CHECK(!*c.cell[4] && !*c.cell[5] && !*c.cell[6] && !strcmp(c.cell[7], "2"));
-  CHECK(c.line[1] == 2 && c.line[2] == 5 && c.line[3] == 6);
-  csv_free(&c);
+  Json *c = csv_of("\xef\xbb\xbf" "a,\"b\"\r\n\"x\r\ny\",\"q\"\"\"\n\n,\n\"\",2");
+  static const char *const cell[4][2] = {
+      {"a", "b"}, {"x\r\ny", "q\""}, {"", ""}, {"", "2"}};
+  static const size_t line[4] = {1, 2, 5, 6};
+  for (size_t i = 0; i < 4; i++) {
+    EQUAL(nth(c, i)->line, line[i]);
+    for (size_t j = 0; j < 2; j++) {
+      const Json *v = nth(nth(c, i), j);
+      SAME(v->string, cell[i][j]);
+      SAME(v->key, cell[0][j]);
+      CHECK((v->kind == JSON_NULL) == !*cell[i][j]);
+    }
+    CHECK(!nth(nth(c, i), 2) && !json_get(nth(c, i), "z"));
+  }
+  CHECK(!nth(c, 4));
+  json_free(c);
   c = csv_of("a,b\n1,");
-  CHECK(c.rows == 2 && !*c.cell[3]);
-  csv_free(&c);
+  CHECK(nth(c, 1) && !*nth(nth(c, 1), 1)->string && !nth(c, 2));
+  json_free(c);
   FAILS(csv_of(""), "is empty");
   FAILS(csv_of("a,b\n1\n"), "t.csv:2: 1 cells where the header has 2");
   FAILS(csv_of("a,b\n\n\"1\n2\",3,4"), "t.csv:3: 3 cells");
@@ -180,6 +196,9 @@ static void test_csv(void) {
   buf_char(&b, ',');
   csv_quote(&b, "a,\"b\"\n");
   CHECK(!strcmp(b.s, "plain,\"a,\"\"b\"\"\n\""));
+  buf_clear(&b);
+  csv_quote(&b, "\xff\xc3\xa9\xed\xa0"); /* as json_quote does */
+  SAME(b.s, "\xef\xbf\xbd\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd");
   buf_free(&b);
 }
 
@@ -361,9 +380,14 @@ static void test_byte_level(void) {
   FAILS(tbr_token(t, -1, NULL), "does not exist");
   FAILS(tbr_tokenizer_add_special(t, "<think>"), "already");
   FAILS(tbr_tokenizer_train("", 0, 261), "at least 262");
-  TbrTokenizer *empty = tbr_tokenizer_train("", 0, 300);
+  FAILS(tbr_tokenizer_train("", 0, 300), "no text to learn");
+  TbrTokenizer *empty = tbr_tokenizer_train("a", 1, 300);
   CHECK(tbr_tokenizer_vocab(empty) == 262);
   round_trip(empty, text, strlen(text));
+  const int32_t beyond[] = {262, 6 + 'a', 300}; /* of a model that has more */
+  char *letter = tbr_decode(empty, beyond, 3, NULL);
+  SAME(letter, "a");
+  free(letter);
   tbr_tokenizer_free(empty);
   round_trips(t);
   tbr_tokenizer_add_special(t, "<|more|>");

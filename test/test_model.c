@@ -115,7 +115,7 @@ static void compare_log(const char *directory) {
 
 static void test_ten_steps(TbrModel *m, const TbrSequences *s,
                            const char *directory) {
-  TbrTokenizer *tok = tbr_tokenizer_train("", 0, 262);
+  TbrTokenizer *tok = tbr_tokenizer_train("a", 1, 262);
   TbrTraining t = {.steps = 10, .batch = s->n, .rows = 1000, .warmup = 3,
                    .cosine = 1, .lr = 1e-2, .last = 0.1, .beta1 = 0.9,
                    .beta2 = 0.98, .eps = 1e-8, .decay = 0.1, .clip = 0.7};
