@@ -379,25 +379,26 @@ static void test_world(void) {
   world_free(w);
 }
 
-/* A mix draws lines by weight, then kinds by weight, then items evenly. */
+/* A mix draws lines by weight, then kinds by weight and their items evenly,
+ * until one fits. */
 static void test_mix(void) {
   small_world("@item act 1 = thing class sense\n",
               "@item act 1 = thing class sense\n"
               "@item one 3 = uno\n@table uno det harm type how e v class\n"
               "the | 0 | general | x | e | v | c\n");
   World *w = world_load(scratch);
-  split_small(w, 3);
-  memset(w->mark, 0, w->items.n);
-  mix_open(w, "general", 0);
-  size_t ones = 0, first = 0;
+  const Section *mix = needed(w, MIX, "general");
+  size_t ones = 0, feeding = 0, all = mix_weight(w, mix, 0);
   w->rng = rng_stream(1, FOR_WORLD, 9);
   for (size_t k = 0; k < 24000; k++) {
-    const Draw *d = mix_draw(w);
-    ones += !strcmp(w->items.row[d->item].at[1], "one");
-    first += d->item == w->draw[0].item;
+    const Row *line, *r = &w->items.row[mix_draw(w, mix, all, 0, &line)];
+    ones += !strcmp(r->at[1], "one");
+    feeding += !strcmp(field(r, "type", 4), "general") &&
+               !strcmp(field(r, "v", 1), "feed");
   }
-  CHECK(w->draws == 13 && ones > 17600 && ones < 18400);
-  CHECK(first > 400 && first < 600); /* 24000 / 4 / 12 */
+  CHECK(w->items.n == 29 && all == 1); /* of kind act, 12 of 28 fit */
+  CHECK(ones > 20700 && ones < 21300); /* 24000 x 3 / (3 + 12 / 28) */
+  CHECK(feeding > 900 && feeding < 1100); /* of the others a third */
   world_free(w);
 }
 
@@ -468,7 +469,7 @@ static void test_making(void) {
   small_world("@hold 50 | harm", "@hold 100 | harm");
   SAYS("no item is left", make_small(7));
   UNMADE("a harmful item; in @mix general all should be harmless",
-         "1 | type=general | p", "1 | act | p");
+         "1 | type=general | p", "1 | harm | p");
   UNMADE("should be a whole number", "3 | act | d", "-3 | act | d");
   UNMADE("should be a whole number", "act 1 =", "act x =");
   UNMADE("all weights are 0", "3 | act | d", "0 | act | d");
