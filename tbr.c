@@ -2334,7 +2334,6 @@ typedef struct {
   /* The item in hand: its fields, of_item strings, and then the fixes. */
   Row fields;
   size_t of_item, expanded, nested;
-  int fixing; /* a fix is being made, which keeps its = */
 } World;
 
 /* ---- lookup ------------------------------------------------------------ */
@@ -2587,9 +2586,7 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
             "TABLE.COLUMN, and no @say without an article", (int)n, name,
             w->fields.at[1]);
   v = alternative(&w->rng, v, &n);
-  int bare = n && *v == '=';
-  if (bare && !(w->fixing && !out->n)) v++, n--;
-  if (article && !bare && n)
+  if (article && n && *v != '=') /* tidy takes the = away */
     buf_str(out, strchr("aeiouAEIOU", *v) ? "an " : "a ");
   buf_add(out, v, n);
 }
@@ -2630,12 +2627,15 @@ static void put_say(World *w, Section *say, Buf *out) {
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
- * stop, capitals after one. */
+ * stop, capitals after one, and no = of a word without article. */
 static void tidy(char *s) {
   char *to = s;
+  int gap = 0;
   for (const char *c = s; *c; c++) {
-    if (*c == ' ') continue;
-    if (to > s && c[-1] == ' ' && !strchr(".,?", *c)) *to++ = ' ';
+    if (*c == ' ') gap = 1;
+    if (*c == ' ' || *c == '=') continue;
+    if (to > s && gap && !strchr(".,?", *c)) *to++ = ' ';
+    gap = 0;
     int first = to == s || (to[-1] == ' ' && strchr(".?!", to[-2]));
     *to++ = first && *c >= 'a' && *c <= 'z' ? (char)(*c - 'a' + 'A') : *c;
   }
@@ -2667,9 +2667,7 @@ static void use_item(World *w, size_t item) {
     for (size_t i = 1; s->is == FIX && i < s->head.n; i++) {
       Buf b = {0};
       buf_str(&b, "");
-      w->fixing = 1;
       put_say(w, needed(w, SAY, s->head.at[i]), &b);
-      w->fixing = 0;
       row_add(&w->fields, s->head.at[i]);
       row_add(&w->fields, b.s);
     }
