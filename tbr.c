@@ -2323,6 +2323,14 @@ static const struct {
 /* What is known of an item: its rules, and where it was drawn. */
 enum { IS_NOVEL = 1, IS_HELD = 2, PRETRAINED = 4, TUNED = 8 };
 
+/* A mix that is open: only items are drawn whose marks within a mask are
+ * these. */
+typedef struct {
+  const Section *mix;
+  size_t weight; /* the sum of its lines' */
+  int mask, marks;
+} Draw;
+
 typedef struct {
   char *path[2];
   Section *section;
@@ -2330,6 +2338,7 @@ typedef struct {
   Section items;
   unsigned char *mark;   /* of each item */
   Buf documents, tuning; /* what was made for training, for the checks */
+  uint64_t seed;
   Rng rng;
   /* The item in hand: its fields, of_item strings, and then the fixes. */
   Row fields;
@@ -2790,9 +2799,6 @@ static World *world_load(const char *directory) {
 
 /* ---- the data set ------------------------------------------------------ */
 
-enum { DRAW_SPLIT = 1, DRAW_PRETRAINING, DRAW_GENERAL, DRAW_SAFETY,
-       DRAW_TESTS, DRAW_IGNORANT, DRAW_BRIDGE, DRAW_PSEUDO };
-
 /* What an item is under a rule: a hash of the fields that the rule names (of
  * the item's number for *), or 0 if the guard doesn't hold. */
 static uint64_t combination(const World *w, const Row *rule, size_t item) {
@@ -2826,98 +2832,69 @@ static void apply_rule(World *w, const Section *rule) {
     for (size_t i = 0; i < w->items.n; i++)
       if (key[i] == key[first[order[k]]])
         w->mark[i] |= rule->is == NOVEL ? IS_NOVEL : IS_HELD;
-  free(order);
-  free(first);
-  free(key);
+  free(order), free(first), free(key);
 }
 
-/* Whether an item may be drawn for a line of a mix: it has no mark of those
- * in `without`. */
-static int fits(const World *w, const Row *line, size_t item, int without) {
-  return !(w->mark[item] & without) &&
+/* Draws what is novel and what is held. */
+static void split_items(World *w) {
+  w->rng = rng_stream(w->seed, FOR_WORLD, 0);
+  memset(w->mark, 0, w->items.n);
+  for (const Section *s = w->section; s < w->section + w->n; s++)
+    if (s->is >= NOVEL) apply_rule(w, s);
+}
+
+/* Whether an item may be drawn for a line of a mix. */
+static int fits(const World *w, const Draw *d, const Row *line, size_t item) {
+  return (w->mark[item] & d->mask) == d->marks &&
          holds(&w->items.row[item], line->at[1]);
 }
 
-/* The sum of a mix's weights; fails if no item is left for a line. */
-static size_t mix_weight(const World *w, const Section *mix, int without) {
-  size_t all = 0;
-  for (const Row *line = mix->row; line < mix->row + mix->n; line++) {
-    size_t i = 0;
-    while (i < w->items.n && !fits(w, line, i, without)) i++;
+/* Opens a mix and its own random stream, so that no part changes another. */
+static Draw mix_open(World *w, const char *name, int mask, int marks) {
+  Draw d = {needed(w, MIX, name), 0, mask, marks};
+  uint64_t part = hash_bytes((uint64_t)mask, name, strlen(name));
+  w->rng = rng_stream(w->seed, FOR_WORLD, part);
+  for (size_t l = 0, i; l < d.mix->n; l++) {
+    const Row *line = &d.mix->row[l];
+    for (i = 0; i < w->items.n && !fits(w, &d, line, i);) i++;
     if (i == w->items.n) fail_at(line, "no item is left for this guard");
-    all += weight(line, line->at[0]);
+    d.weight += weight(line, line->at[0]);
   }
-  if (!all) fail_at(&mix->head, "all weights are 0");
-  return all;
+  if (!d.weight) fail_at(&d.mix->head, "all weights are 0");
+  return d;
 }
 
-/* Draws a line of a mix by its weight (the sum of all is `all`), and then
- * items, each as a kind by its weight and one of that kind, until one fits;
- * returns that. */
-static size_t mix_draw(World *w, const Section *mix, size_t all, int without,
-                       const Row **line) {
-  size_t x = rng_below(&w->rng, all), item, n;
-  for (*line = mix->row; (n = weight(*line, (*line)->at[0])) <= x; x -= n)
-    ++*line;
-  do {
+/* Draws a line of a mix by its weight. */
+static const Row *draw_line(World *w, const Draw *d) {
+  const Row *line = d->mix->row;
+  size_t x = rng_below(&w->rng, d->weight), n;
+  for (; (n = weight(line, line->at[0])) <= x; x -= n) line++;
+  return line;
+}
+
+/* Draws a kind by its weight and one of its items, until one fits. */
+static size_t draw_item(World *w, const Draw *d, const Row *line) {
+  for (;;) {
     const Section *kind = w->section;
-    for (x = rng_below(&w->rng, w->kinds); kind->weight <= x; kind++)
-      x -= kind->weight;
-    item = kind->first + rng_below(&w->rng, kind->items);
-  } while (!fits(w, *line, item, without));
-  return item;
+    size_t x = rng_below(&w->rng, w->kinds);
+    for (; kind->weight <= x; kind++) x -= kind->weight;
+    size_t item = kind->first + rng_below(&w->rng, kind->items);
+    if (fits(w, d, line, item)) return item;
+  }
 }
 
 /* Adds n documents for pretraining from a mix, one a line. */
 static void make_documents(World *w, const char *name, size_t n) {
-  const Section *mix = needed(w, MIX, name);
-  size_t all = mix_weight(w, mix, IS_NOVEL);
+  Draw d = mix_open(w, name, IS_NOVEL, 0);
   for (; n; n--) {
-    const Row *line;
-    size_t item = mix_draw(w, mix, all, IS_NOVEL, &line);
+    const Row *line = draw_line(w, &d);
+    size_t item = draw_item(w, &d, line);
     use_item(w, item);
     w->mark[item] |= PRETRAINED;
     char *document = render(w, line->at[2]);
     buf_printf(&w->documents, "%s\n", document);
     free(document);
   }
-}
-
-/* Adds the row of an item, unless its prompt is there already (then 0). */
-static int add_row(World *w, size_t item, int test, TbrExamples *rows) {
-  TbrExample e = make_row(w, item, test);
-  size_t i = 0, n = rows->n;
-  while (i < n && strcmp(rows->row[i].prompt, e.prompt)) i++;
-  if (i < n) example_free(&e);
-  else examples_take(rows, e);
-  return i == n;
-}
-
-/* Notes that an item was made the last of these rows, for fine-tuning. */
-static void note_tuned(World *w, size_t item, const TbrExamples *rows) {
-  const TbrExample *e = &rows->row[rows->n - 1];
-  w->mark[item] |= TUNED;
-  buf_printf(&w->tuning, "%s\n%s\n", e->prompt, e->reflection);
-}
-
-/* Makes n rows of a class for fine-tuning. */
-static TbrExamples make_rows(World *w, const char *name, const char *class,
-                             size_t n) {
-  const Section *mix = needed(w, MIX, name);
-  size_t all = mix_weight(w, mix, IS_HELD);
-  TbrExamples rows = {0};
-  for (size_t tries = 0; rows.n < n; tries++) {
-    const Row *line;
-    size_t item = mix_draw(w, mix, all, IS_HELD, &line);
-    const char *own = class_of(&w->items.row[item]);
-    if (strcmp(own, class))
-      fail_at(line, "a %s item; in @mix %s all should be %s", own, name, class);
-    if (tries > 100 * n + 1000)
-      fail_at(line, "@mix %s gave no more than %zu different prompts; %zu are "
-              "asked for", name, rows.n, n);
-    if (add_row(w, item, 0, &rows)) note_tuned(w, item, &rows);
-  }
-  return rows;
 }
 
 /* Whether a rule of this sort holds an item apart from all that are marked:
@@ -2951,90 +2928,74 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
     tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
 }
 
-/* Adds n rows of a class, as many of each type as of any other, for tests or
- * for fine-tuning on what else is only tested. The next one is always of a
- * type, and then of an item, used least so far. */
-static void make_even(World *w, const char *class, size_t n, int test,
-                      TbrExamples *rows) {
-  enum { OF_TYPE = 1000 }; /* in used: counts a row of the item's type */
-  size_t *item = mem_raw(w->items.n, sizeof *item), items = 0;
-  size_t *used = mem_new(w->items.n, sizeof *used), end = rows->n + n;
-  shuffle(item, w->items.n, &w->rng);
-  for (size_t i = 0; i < w->items.n; i++)
-    if (!strcmp(class_of(&w->items.row[item[i]]), class) &&
-        !(w->mark[item[i]] & TUNED) &&
-        (w->mark[item[i]] & IS_HELD || !strcmp(class, "pseudo-harmful")))
-      item[items++] = item[i];
-  if (n && !items)
-    tbr_fail("%s: no %s item is held out for tests", w->path[1], class);
-  while (rows->n < end) {
-    size_t best = 0;
-    for (size_t k = 1; k < items; k++)
-      if (used[k] < used[best]) best = k;
-    const char *type = field(&w->items.row[item[best]], "type", 4);
-    if (used[best]++ % OF_TYPE == OF_TYPE - 2)
-      tbr_fail("%s: too few different prompts that are %s, of type %s",
-               w->path[1], class, type);
-    if (!add_row(w, item[best], test, rows)) continue;
+/* Adds n rows of a class from a mix, for fine-tuning or for tests, which take
+ * what is held. Tests, and what else is only tested, take the lines of the mix
+ * in turn. */
+static void make_rows(World *w, const char *name, const char *class, size_t n,
+                      int test, TbrExamples *rows) {
+  int pseudo = !strcmp(class, "pseudo-harmful"), held = pseudo ? 0 : IS_HELD;
+  Draw d = mix_open(w, name, test ? held | TUNED : held, test ? held : 0);
+  size_t end = rows->n + n, i;
+  for (size_t tries = 0; rows->n < end; tries++) {
+    const Row *line = test || pseudo ? &d.mix->row[rows->n % d.mix->n]
+                                     : draw_line(w, &d);
+    size_t item = draw_item(w, &d, line);
+    TbrExample e = make_row(w, item, test);
+    if (strcmp(e.label, class))
+      fail_at(line, "a %s item; in @mix %s all should be %s", e.label, name,
+              class);
+    for (i = 0; i < rows->n && strcmp(rows->row[i].prompt, e.prompt);) i++;
+    if (i < rows->n && tries > 100 * n + 1000)
+      fail_at(line, "too few different prompts; %zu of %zu were made", n + rows->n - end, n);
+    if (i < rows->n) {
+      example_free(&e);
+      continue;
+    }
+    examples_take(rows, e);
     char *ask = render(w, "ask");
-    if (test) check_leaks(w, item[best], &rows->row[rows->n - 1], ask);
-    else note_tuned(w, item[best], rows);
+    if (test) check_leaks(w, item, &e, ask);
+    else buf_printf(&w->tuning, "%s\n%s\n", e.prompt, e.reflection);
+    if (!test) w->mark[item] |= TUNED;
     free(ask);
-    for (size_t k = 0; k < items; k++)
-      if (!strcmp(field(&w->items.row[item[k]], "type", 4), type))
-        used[k] += OF_TYPE;
   }
-  free(item);
-  free(used);
 }
 
-/* Writes rows, if there are any, as name in a directory, and frees them. */
-static void write_rows(const char *directory, const char *name,
-                       TbrExamples *rows) {
-  char *path = path_in(directory, name);
-  if (rows->n) tbr_examples_write(path, rows, "native");
-  tbr_examples_free(rows);
-  free(path);
-}
-
-/* Every part has its own random stream, so that none changes another, but
- * that tests make do with what the pseudo-harmful rows leave. */
+/* The rows for fine-tuning come first, since tests are checked against them
+ * and make do with the pseudo-harmful items that they leave. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory) {
+  const struct { const char *mix, *class; size_t rows, tests; } part[] = {
+      {"pseudo", "pseudo-harmful", sizes->pseudo, sizes->eval_pseudo},
+      {"safety", "harmful", sizes->safety, sizes->eval_harmful},
+      {"bridge", "harmful", sizes->bridge, 0},
+      {"general", "harmless", sizes->general, sizes->eval_general}};
+  enum { PARTS = sizeof part / sizeof *part };
+  TbrExamples rows[PARTS + 1] = {{0}};
   World *w = world_load(world_directory);
-  TbrExamples tests = {0}, pseudo = {0}, bridge = {0};
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->is >= NOVEL) apply_rule(w, s);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING);
+  w->seed = seed;
+  split_items(w);
   make_documents(w, "pretrain", sizes->documents);
   size_t ordinary = w->documents.n;
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_IGNORANT);
   if (find(w, MIX, "ignorant", 8))
     make_documents(w, "ignorant", sizes->documents);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_GENERAL);
-  TbrExamples general = make_rows(w, "general", "harmless", sizes->general);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SAFETY);
-  TbrExamples safety = make_rows(w, "safety", "harmful", sizes->safety);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_BRIDGE);
-  if (find(w, MIX, "bridge", 6))
-    bridge = make_rows(w, "bridge", "harmful", sizes->bridge);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PSEUDO);
-  make_even(w, "pseudo-harmful", sizes->pseudo, 0, &pseudo);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_TESTS);
-  make_even(w, "pseudo-harmful", sizes->eval_pseudo, 1, &tests);
-  make_even(w, "harmful", sizes->eval_harmful, 1, &tests);
-  make_even(w, "harmless", sizes->eval_general, 1, &tests);
+  for (size_t p = 0; p < PARTS; p++)
+    if (part[p].rows && (p != 2 || find(w, MIX, "bridge", 6)))
+      make_rows(w, part[p].mix, part[p].class, part[p].rows, 0, &rows[p]);
+  for (size_t p = 0; p < PARTS; p++)
+    if (part[p].tests)
+      make_rows(w, part[p].mix, part[p].class, part[p].tests, 1, &rows[PARTS]);
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
   if (w->documents.n > ordinary)
     write_in(out_directory, "ignorant.txt", w->documents.s + ordinary,
              w->documents.n - ordinary);
-  write_rows(out_directory, "general.jsonl", &general);
-  write_rows(out_directory, "safety.jsonl", &safety);
-  write_rows(out_directory, "bridge.jsonl", &bridge);
-  write_rows(out_directory, "pseudo.jsonl", &pseudo);
-  write_rows(out_directory, "eval.jsonl", &tests);
+  for (size_t p = 0; p <= PARTS; p++) {
+    char *path = format_string("%s/%s.jsonl", out_directory,
+                               p < PARTS ? part[p].mix : "eval");
+    if (rows[p].n) tbr_examples_write(path, &rows[p], "native");
+    tbr_examples_free(&rows[p]);
+    free(path);
+  }
   world_free(w);
 }
 /* ---- third part: from examples to tokens and masks --------------------- */
