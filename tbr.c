@@ -2213,10 +2213,8 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
  * Everything stays text, and is looked up by name; that is fast enough.
  * ====================================================================== */
 
-enum { /* limits that honest worlds are far below */
-  MOST_WORDS = 40, MOST_LINE = 4000, MOST_ROWS = 50000, MOST_PAIRS = 1 << 26,
-  MOST_NESTED = 64, MOST_EXPANDED = 10000, MOST_TEXT = 1 << 16
-};
+/* Limits that honest worlds are far below. */
+enum { MOST_ROWS = 50000, MOST_NESTED = 64, MOST_EXPANDED = 10000 };
 
 /* A line of a file and the strings on it, words or cells. An item is one,
  * too: of each field the name and then the value, beginning with its kind. */
@@ -2234,49 +2232,45 @@ typedef struct {
   int is;
   Row head, *row;
   size_t n, cap;
+  size_t weight, first, items; /* of a kind, and where its items are */
 } Section;
 
 enum { TABLE, SAY, MIX, ITEM, FIX, NOVEL, HOLD, STATEMENTS };
 static const struct {
   const char *word, *form;
-  size_t least, most; /* words at the head */
-  size_t cells;       /* of each row */
+  size_t words, cells; /* at its head, or at least; of each row */
 } statement[] = {
-    {"@table", "@table NAME COLUMN ..., then as many cells a row", 3,
-     MOST_WORDS, 0},
-    {"@say", "@say NAME, then guard | text", 2, 2, 2},
-    {"@mix", "@mix NAME, then weight | guard | say", 2, 2, 3},
-    {"@item", "@item KIND WEIGHT = TABLE ...", 5, MOST_WORDS, 0},
-    {"@fix", "@fix SAY ...", 2, MOST_WORDS, 0},
-    {"@novel", "@novel PERCENT | guard | fields", 2, 2, 2},
-    {"@hold", "@hold PERCENT | guard | fields", 2, 2, 2}};
+    {"@table", "@table NAME COLUMN ..., then as many cells a row", 3, 0},
+    {"@say", "@say NAME, then guard | text", 2, 2},
+    {"@mix", "@mix NAME, then weight | guard | say", 2, 3},
+    {"@item", "@item KIND WEIGHT = TABLE ...", 5, 0},
+    {"@fix", "@fix SAY ...", 2, 0},
+    {"@novel", "@novel PERCENT | guard | fields", 2, 2},
+    {"@hold", "@hold PERCENT | guard | fields", 2, 2}};
 
 /* What is known of an item: its rules, and where it was drawn. */
 enum { IS_NOVEL = 1, IS_HELD = 2, PRETRAINED = 4, TUNED = 8 };
 
-/* What a mix may draw: a line of it with an item. Its chance is the share of
- * the line, of the item's kind in the line, and of the item in the kind; upto
- * is the sum of the chances so far. */
+/* A mix that is open: only items are drawn whose marks within a mask are
+ * these. */
 typedef struct {
-  const Row *line;
-  size_t item;
-  double upto;
+  const Section *mix;
+  size_t weight; /* the sum of its lines' */
+  int mask, marks;
 } Draw;
 
 typedef struct {
   char *path[2];
   Section *section;
-  size_t n, cap, rows, pairs; /* rows read and pairs joined, for the limits */
+  size_t n, cap, rows, kinds; /* rows read; the sum of the kinds' weights */
   Section items;
   unsigned char *mark;   /* of each item */
-  Draw *draw;            /* the mix that is open */
-  size_t draws, draw_cap;
   Buf documents, tuning; /* what was made for training, for the checks */
+  uint64_t seed;
   Rng rng;
   /* The item in hand: its fields, of_item strings, and then the fixes. */
   Row fields;
   size_t of_item, expanded, nested;
-  int fixing; /* a fix is being made, which keeps its = */
 } World;
 
 /* ---- lookup ------------------------------------------------------------ */
@@ -2404,7 +2398,8 @@ static void read_statement(World *w, Row at, char *text) {
   if (s.is == STATEMENTS)
     fail_at(&at, "%s is unknown; known are @table, @item, @fix, @say, @mix, "
             "@novel, @hold", s.head.at[0]);
-  if (s.head.n < statement[s.is].least || s.head.n > statement[s.is].most ||
+  size_t words = statement[s.is].words;
+  if (s.head.n < words || (statement[s.is].cells && s.head.n > words) ||
       (row != NULL) != (s.is >= NOVEL) ||
       (s.is == ITEM && strcmp(s.head.at[3], "=")))
     fail_at(&at, "this should be %s", statement[s.is].form);
@@ -2428,28 +2423,22 @@ static void read_world_file(World *w, const char *path) {
     if (next) *next++ = 0;
     at.line++;
     line = trim(line);
-    if (strlen(line) > MOST_LINE)
-      fail_at(&at, "a line of more than %d bytes", MOST_LINE);
-    if (*line == '@') {
-      read_statement(w, at, line);
-    } else if (*line && *line != '#') {
-      if (!w->n || w->section[w->n - 1].is > MIX)
-        fail_at(&at, "a row outside of @table, @say and @mix");
-      read_row(w, at, line);
-    }
+    if (!*line || *line == '#') continue;
+    if (*line == '@') read_statement(w, at, line);
+    else if (w->n && w->section[w->n - 1].is <= MIX) read_row(w, at, line);
+    else fail_at(&at, "a row outside of @table, @say and @mix");
   }
   free(text);
 }
 
 /* ---- joining tables to items ------------------------------------------- */
 
-/* A whole number in a row, up to most. */
-static size_t number(const Row *r, const char *s, unsigned long most) {
+/* A weight or a percentage in a row. */
+static size_t weight(const Row *r, const char *s) {
   size_t n = strspn(s, "0123456789");
-  unsigned long x = strtoul(s, NULL, 10);
-  if (!n || s[n] || x > most)
-    fail_at(r, "\"%s\" should be a whole number up to %lu", s, most);
-  return x;
+  if (!n || n > 3 || s[n] || strtoul(s, NULL, 10) > 100)
+    fail_at(r, "\"%s\" should be a whole number up to 100", s);
+  return strtoul(s, NULL, 10);
 }
 
 /* Lays every row of a kind's tables from number t on over the fields of r
@@ -2470,7 +2459,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
   for (size_t i = 0; i < table->n; i++) {
     const Row *row = &table->row[i];
     size_t c = 0, n = r->n;
-    if (++w->pairs > MOST_PAIRS || w->items.n > MOST_ROWS)
+    if (w->items.n > MOST_ROWS)
       fail_at(kind, "more than %d items; do the tables have a column in "
               "common?", MOST_ROWS);
     for (; c < row->n; c++) {
@@ -2534,9 +2523,7 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
             "TABLE.COLUMN, and no @say without an article", (int)n, name,
             w->fields.at[1]);
   v = alternative(&w->rng, v, &n);
-  int bare = n && *v == '=';
-  if (bare && !(w->fixing && !out->n)) v++, n--;
-  if (article && !bare && n)
+  if (article && n && *v != '=') /* tidy takes the = away */
     buf_str(out, strchr("aeiouAEIOU", *v) ? "an " : "a ");
   buf_add(out, v, n);
 }
@@ -2549,9 +2536,8 @@ static void put_text(World *w, const Row *line, const char *text, size_t n,
     buf_add(out, text, n);
     text += n;
     n = strcspn(text + 1, "{}");
-    if (*text == '}' || text[n + 1] != '}' || out->n > MOST_TEXT)
-      fail_at(line, "{ and } should stand in pairs, in a text of less than "
-              "%d bytes", MOST_TEXT);
+    if (*text == '}' || text[n + 1] != '}')
+      fail_at(line, "{ and } should stand in pairs");
     put_name(w, line, text + 1, n, out);
     text += n + 2;
   }
@@ -2578,12 +2564,15 @@ static void put_say(World *w, Section *say, Buf *out) {
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
- * stop, capitals after one. */
+ * stop, capitals after one, and no = of a word without article. */
 static void tidy(char *s) {
   char *to = s;
+  int gap = 0;
   for (const char *c = s; *c; c++) {
-    if (*c == ' ') continue;
-    if (to > s && c[-1] == ' ' && !strchr(".,?", *c)) *to++ = ' ';
+    if (*c == ' ') gap = 1;
+    if (*c == ' ' || *c == '=') continue;
+    if (to > s && gap && !strchr(".,?", *c)) *to++ = ' ';
+    gap = 0;
     int first = to == s || (to[-1] == ' ' && strchr(".?!", to[-2]));
     *to++ = first && *c >= 'a' && *c <= 'z' ? (char)(*c - 'a' + 'A') : *c;
   }
@@ -2615,9 +2604,7 @@ static void use_item(World *w, size_t item) {
     for (size_t i = 1; s->is == FIX && i < s->head.n; i++) {
       Buf b = {0};
       buf_str(&b, "");
-      w->fixing = 1;
       put_say(w, needed(w, SAY, s->head.at[i]), &b);
-      w->fixing = 0;
       row_add(&w->fields, s->head.at[i]);
       row_add(&w->fields, b.s);
     }
@@ -2630,13 +2617,6 @@ static const char *class_of(const Row *item) {
   if (!strcmp(field(item, "harm", 4), "1")) return "harmful";
   return strcmp(field(item, "type", 4), "general") ? "pseudo-harmful"
                                                 : "harmless";
-}
-
-/* Lowers capitals, in place. */
-static char *lower_case(char *s) {
-  for (char *c = s; *c; c++)
-    if (*c >= 'A' && *c <= 'Z') *c = (char)(*c - 'A' + 'a');
-  return s;
 }
 
 /* The same, NULL if the world doesn't have it. */
@@ -2664,13 +2644,11 @@ static TbrExample make_row(World *w, size_t item, int test) {
   e.source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
   e.id = format_string("%s-%zu", w->fields.at[1], item);
   if (harmful) return e;
-  e.key = lower_case(render(w, "key"));
-  char *response = lower_case(copy_string(e.response));
-  if (!strstr(response, e.key))
+  e.key = render(w, "key");
+  if (!strstr(e.response, e.key + 1)) /* but for its first letter's case */
     fail_at(&needed(w, SAY, "key")->head, "the answer \"%.80s\" should "
             "contain its key \"%.80s\"; what is drawn in both should be a "
-            "@fix", response, e.key);
-  free(response);
+            "@fix", e.response, e.key);
   return e;
 }
 
@@ -2715,7 +2693,6 @@ static void world_free(World *w) {
   free((void *)w->fields.at);
   for (size_t i = 0; i < 2; i++) free(w->path[i]);
   free(w->section);
-  free(w->draw);
   free(w->mark);
   free(w);
 }
@@ -2726,16 +2703,19 @@ static World *world_load(const char *directory) {
   w->path[0] = format_string("%s/lexicon.txt", directory);
   w->path[1] = format_string("%s/templates.txt", directory);
   for (size_t i = 0; i < 2; i++) read_world_file(w, w->path[i]);
-  for (const Section *s = w->section; s < w->section + w->n; s++) {
-    size_t before = w->items.n;
+  for (Section *s = w->section; s < w->section + w->n; s++) {
     if (s->is != ITEM) continue;
+    s->first = w->items.n;
+    w->kinds += s->weight = weight(&s->head, s->head.at[2]);
     item_clear(w);
     row_add(&w->fields, "kind");
     row_add(&w->fields, s->head.at[1]);
     w->of_item = 2;
     join(w, &s->head, 4, &w->fields);
-    if (w->items.n == before)
-      fail_at(&s->head, "no rows of these tables fit to one another");
+    s->items = w->items.n - s->first;
+    if (!s->items || !s->weight)
+      fail_at(&s->head, "no rows of these tables fit to one another, or the "
+              "weight is 0");
   }
   if (!w->items.n) tbr_fail("%s: there is no @item", w->path[1]);
   w->mark = mem_new(w->items.n, 1);
@@ -2746,9 +2726,6 @@ static World *world_load(const char *directory) {
 }
 
 /* ---- the data set ------------------------------------------------------ */
-
-enum { DRAW_SPLIT = 1, DRAW_PRETRAINING, DRAW_GENERAL, DRAW_SAFETY,
-       DRAW_TESTS, DRAW_IGNORANT, DRAW_BRIDGE, DRAW_PSEUDO };
 
 /* What an item is under a rule: a hash of the fields that the rule names (of
  * the item's number for *), or 0 if the guard doesn't hold. */
@@ -2778,101 +2755,74 @@ static void apply_rule(World *w, const Section *rule) {
   }
   if (!n) fail_at(rule->row, "this guard holds for no item");
   shuffle(order, n, &w->rng);
-  size_t share = (n * number(rule->row, rule->head.at[1], 100) + 50) / 100;
+  size_t share = (n * weight(rule->row, rule->head.at[1]) + 50) / 100;
   for (k = 0; k < share; k++)
     for (size_t i = 0; i < w->items.n; i++)
       if (key[i] == key[first[order[k]]])
         w->mark[i] |= rule->is == NOVEL ? IS_NOVEL : IS_HELD;
-  free(order);
-  free(first);
-  free(key);
+  free(order), free(first), free(key);
 }
 
-/* Opens a mix; items with the mark `without` are left out. */
-static void mix_open(World *w, const char *name, int without) {
-  const Section *mix = needed(w, MIX, name), *s;
-  double upto = 0;
-  w->draws = 0;
-  for (const Row *line = mix->row; line < mix->row + mix->n; line++) {
-    double share = (double)number(line, line->at[0], 10000), all = 0;
-    size_t from = w->draws;
-    for (s = w->section; s < w->section + w->n; s++) {
-      size_t n = w->draws;
-      for (size_t i = 0; s->is == ITEM && i < w->items.n; i++) {
-        if (w->items.row[i].at[1] != s->head.at[1] || w->mark[i] & without ||
-            !holds(&w->items.row[i], line->at[1]))
-          continue;
-        w->draw = mem_grow(w->draw, &w->draw_cap, w->draws + 1, sizeof(Draw));
-        w->draw[w->draws++] = (Draw){line, i, 0};
-      }
-      if (n == w->draws) continue;
-      double kind = (double)number(&s->head, s->head.at[2], 10000);
-      all += kind;
-      for (size_t k = n; k < w->draws; k++)
-        w->draw[k].upto = kind / (double)(w->draws - n);
-    }
-    if (all <= 0) fail_at(line, "no item is left for this guard");
-    for (size_t k = from; k < w->draws; k++)
-      w->draw[k].upto = upto += w->draw[k].upto / all * share;
+/* Draws what is novel and what is held. */
+static void split_items(World *w) {
+  w->rng = rng_stream(w->seed, FOR_WORLD, 0);
+  memset(w->mark, 0, w->items.n);
+  for (const Section *s = w->section; s < w->section + w->n; s++)
+    if (s->is >= NOVEL) apply_rule(w, s);
+}
+
+/* Whether an item may be drawn for a line of a mix. */
+static int fits(const World *w, const Draw *d, const Row *line, size_t item) {
+  return (w->mark[item] & d->mask) == d->marks &&
+         holds(&w->items.row[item], line->at[1]);
+}
+
+/* Opens a mix and its own random stream, so that no part changes another. */
+static Draw mix_open(World *w, const char *name, int mask, int marks) {
+  Draw d = {needed(w, MIX, name), 0, mask, marks};
+  uint64_t part = hash_bytes((uint64_t)mask, name, strlen(name));
+  w->rng = rng_stream(w->seed, FOR_WORLD, part);
+  for (size_t l = 0, i; l < d.mix->n; l++) {
+    const Row *line = &d.mix->row[l];
+    for (i = 0; i < w->items.n && !fits(w, &d, line, i);) i++;
+    if (i == w->items.n) fail_at(line, "no item is left for this guard");
+    d.weight += weight(line, line->at[0]);
   }
-  if (upto <= 0) fail_at(&mix->head, "all weights are 0");
-}
-
-/* Draws from the mix that is open. */
-static const Draw *mix_draw(World *w) {
-  const Draw *d = w->draw, *last = d + w->draws - 1;
-  double x = rng_uniform(&w->rng) * last->upto;
-  while (d < last && d->upto <= x) d++;
+  if (!d.weight) fail_at(&d.mix->head, "all weights are 0");
   return d;
 }
 
+/* Draws a line of a mix by its weight. */
+static const Row *draw_line(World *w, const Draw *d) {
+  const Row *line = d->mix->row;
+  size_t x = rng_below(&w->rng, d->weight), n;
+  for (; (n = weight(line, line->at[0])) <= x; x -= n) line++;
+  return line;
+}
+
+/* Draws a kind by its weight and one of its items, until one fits. */
+static size_t draw_item(World *w, const Draw *d, const Row *line) {
+  for (;;) {
+    const Section *kind = w->section;
+    size_t x = rng_below(&w->rng, w->kinds);
+    for (; kind->weight <= x; kind++) x -= kind->weight;
+    size_t item = kind->first + rng_below(&w->rng, kind->items);
+    if (fits(w, d, line, item)) return item;
+  }
+}
+
 /* Adds n documents for pretraining from a mix, one a line. */
-static void make_documents(World *w, const char *mix, size_t n) {
-  mix_open(w, mix, IS_NOVEL);
-  for (size_t i = 0; i < n; i++) {
-    const Draw *d = mix_draw(w);
-    use_item(w, d->item);
-    w->mark[d->item] |= PRETRAINED;
-    char *document = render(w, d->line->at[2]);
+static void make_documents(World *w, const char *name, size_t n) {
+  Draw d = mix_open(w, name, IS_NOVEL, 0);
+  for (; n; n--) {
+    const Row *line = draw_line(w, &d);
+    size_t item = draw_item(w, &d, line);
+    use_item(w, item);
+    w->mark[item] |= PRETRAINED;
+    char *document = render(w, line->at[2]);
     buf_printf(&w->documents, "%s\n", document);
     free(document);
   }
-}
-
-/* Adds the row of an item, unless its prompt is there already (then 0). */
-static int add_row(World *w, size_t item, int test, TbrExamples *rows) {
-  TbrExample e = make_row(w, item, test);
-  size_t i = 0, n = rows->n;
-  while (i < n && strcmp(rows->row[i].prompt, e.prompt)) i++;
-  if (i < n) example_free(&e);
-  else examples_take(rows, e);
-  return i == n;
-}
-
-/* Notes that an item was made the last of these rows, for fine-tuning. */
-static void note_tuned(World *w, size_t item, const TbrExamples *rows) {
-  const TbrExample *e = &rows->row[rows->n - 1];
-  w->mark[item] |= TUNED;
-  buf_printf(&w->tuning, "%s\n%s\n", e->prompt, e->reflection);
-}
-
-/* Makes n rows of a class for fine-tuning. */
-static TbrExamples make_rows(World *w, const char *name, const char *class,
-                             size_t n) {
-  mix_open(w, name, IS_HELD);
-  TbrExamples rows = {0};
-  for (size_t tries = 0; rows.n < n; tries++) {
-    const Draw *d = mix_draw(w);
-    const char *own = class_of(&w->items.row[d->item]);
-    if (strcmp(own, class))
-      fail_at(d->line, "a %s item; in @mix %s all should be %s", own, name,
-              class);
-    if (tries > 100 * n + 1000)
-      fail_at(d->line, "@mix %s gave no more than %zu different prompts; %zu "
-              "are asked for", name, rows.n, n);
-    if (add_row(w, d->item, 0, &rows)) note_tuned(w, d->item, &rows);
-  }
-  return rows;
 }
 
 /* Whether a rule of this sort holds an item apart from all that are marked:
@@ -2906,90 +2856,74 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
     tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
 }
 
-/* Adds n rows of a class, as many of each type as of any other, for tests or
- * for fine-tuning on what else is only tested. The next one is always of a
- * type, and then of an item, used least so far. */
-static void make_even(World *w, const char *class, size_t n, int test,
-                      TbrExamples *rows) {
-  enum { OF_TYPE = 1000 }; /* in used: counts a row of the item's type */
-  size_t *item = mem_raw(w->items.n, sizeof *item), items = 0;
-  size_t *used = mem_new(w->items.n, sizeof *used), end = rows->n + n;
-  shuffle(item, w->items.n, &w->rng);
-  for (size_t i = 0; i < w->items.n; i++)
-    if (!strcmp(class_of(&w->items.row[item[i]]), class) &&
-        !(w->mark[item[i]] & TUNED) &&
-        (w->mark[item[i]] & IS_HELD || !strcmp(class, "pseudo-harmful")))
-      item[items++] = item[i];
-  if (n && !items)
-    tbr_fail("%s: no %s item is held out for tests", w->path[1], class);
-  while (rows->n < end) {
-    size_t best = 0;
-    for (size_t k = 1; k < items; k++)
-      if (used[k] < used[best]) best = k;
-    const char *type = field(&w->items.row[item[best]], "type", 4);
-    if (used[best]++ % OF_TYPE == OF_TYPE - 2)
-      tbr_fail("%s: too few different prompts that are %s, of type %s",
-               w->path[1], class, type);
-    if (!add_row(w, item[best], test, rows)) continue;
+/* Adds n rows of a class from a mix, for fine-tuning or for tests, which take
+ * what is held. Tests, and what else is only tested, take the lines of the mix
+ * in turn. */
+static void make_rows(World *w, const char *name, const char *class, size_t n,
+                      int test, TbrExamples *rows) {
+  int pseudo = !strcmp(class, "pseudo-harmful"), held = pseudo ? 0 : IS_HELD;
+  Draw d = mix_open(w, name, test ? held | TUNED : held, test ? held : 0);
+  size_t end = rows->n + n, i;
+  for (size_t tries = 0; rows->n < end; tries++) {
+    const Row *line = test || pseudo ? &d.mix->row[rows->n % d.mix->n]
+                                     : draw_line(w, &d);
+    size_t item = draw_item(w, &d, line);
+    TbrExample e = make_row(w, item, test);
+    if (strcmp(e.label, class))
+      fail_at(line, "a %s item; in @mix %s all should be %s", e.label, name,
+              class);
+    for (i = 0; i < rows->n && strcmp(rows->row[i].prompt, e.prompt);) i++;
+    if (i < rows->n && tries > 100 * n + 1000)
+      fail_at(line, "too few different prompts; %zu of %zu were made", n + rows->n - end, n);
+    if (i < rows->n) {
+      example_free(&e);
+      continue;
+    }
+    examples_take(rows, e);
     char *ask = render(w, "ask");
-    if (test) check_leaks(w, item[best], &rows->row[rows->n - 1], ask);
-    else note_tuned(w, item[best], rows);
+    if (test) check_leaks(w, item, &e, ask);
+    else buf_printf(&w->tuning, "%s\n%s\n", e.prompt, e.reflection);
+    if (!test) w->mark[item] |= TUNED;
     free(ask);
-    for (size_t k = 0; k < items; k++)
-      if (!strcmp(field(&w->items.row[item[k]], "type", 4), type))
-        used[k] += OF_TYPE;
   }
-  free(item);
-  free(used);
 }
 
-/* Writes rows, if there are any, as name in a directory, and frees them. */
-static void write_rows(const char *directory, const char *name,
-                       TbrExamples *rows) {
-  char *path = path_in(directory, name);
-  if (rows->n) tbr_examples_write(path, rows, "native");
-  tbr_examples_free(rows);
-  free(path);
-}
-
-/* Every part has its own random stream, so that none changes another, but
- * that tests make do with what the pseudo-harmful rows leave. */
+/* The rows for fine-tuning come first, since tests are checked against them
+ * and make do with the pseudo-harmful items that they leave. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory) {
+  const struct { const char *mix, *class; size_t rows, tests; } part[] = {
+      {"pseudo", "pseudo-harmful", sizes->pseudo, sizes->eval_pseudo},
+      {"safety", "harmful", sizes->safety, sizes->eval_harmful},
+      {"bridge", "harmful", sizes->bridge, 0},
+      {"general", "harmless", sizes->general, sizes->eval_general}};
+  enum { PARTS = sizeof part / sizeof *part };
+  TbrExamples rows[PARTS + 1] = {{0}};
   World *w = world_load(world_directory);
-  TbrExamples tests = {0}, pseudo = {0}, bridge = {0};
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->is >= NOVEL) apply_rule(w, s);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PRETRAINING);
+  w->seed = seed;
+  split_items(w);
   make_documents(w, "pretrain", sizes->documents);
   size_t ordinary = w->documents.n;
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_IGNORANT);
   if (find(w, MIX, "ignorant", 8))
     make_documents(w, "ignorant", sizes->documents);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_GENERAL);
-  TbrExamples general = make_rows(w, "general", "harmless", sizes->general);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SAFETY);
-  TbrExamples safety = make_rows(w, "safety", "harmful", sizes->safety);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_BRIDGE);
-  if (find(w, MIX, "bridge", 6))
-    bridge = make_rows(w, "bridge", "harmful", sizes->bridge);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_PSEUDO);
-  make_even(w, "pseudo-harmful", sizes->pseudo, 0, &pseudo);
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_TESTS);
-  make_even(w, "pseudo-harmful", sizes->eval_pseudo, 1, &tests);
-  make_even(w, "harmful", sizes->eval_harmful, 1, &tests);
-  make_even(w, "harmless", sizes->eval_general, 1, &tests);
+  for (size_t p = 0; p < PARTS; p++)
+    if (part[p].rows && (p != 2 || find(w, MIX, "bridge", 6)))
+      make_rows(w, part[p].mix, part[p].class, part[p].rows, 0, &rows[p]);
+  for (size_t p = 0; p < PARTS; p++)
+    if (part[p].tests)
+      make_rows(w, part[p].mix, part[p].class, part[p].tests, 1, &rows[PARTS]);
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
   if (w->documents.n > ordinary)
     write_in(out_directory, "ignorant.txt", w->documents.s + ordinary,
              w->documents.n - ordinary);
-  write_rows(out_directory, "general.jsonl", &general);
-  write_rows(out_directory, "safety.jsonl", &safety);
-  write_rows(out_directory, "bridge.jsonl", &bridge);
-  write_rows(out_directory, "pseudo.jsonl", &pseudo);
-  write_rows(out_directory, "eval.jsonl", &tests);
+  for (size_t p = 0; p <= PARTS; p++) {
+    char *path = format_string("%s/%s.jsonl", out_directory,
+                               p < PARTS ? part[p].mix : "eval");
+    if (rows[p].n) tbr_examples_write(path, &rows[p], "native");
+    tbr_examples_free(&rows[p]);
+    free(path);
+  }
   world_free(w);
 }
 /* ---- third part: from examples to tokens and masks --------------------- */

@@ -187,6 +187,8 @@ static const char templates[] =
     "1 | type=general | prompt\n"
     "@mix safety\n"
     "1 | harm | prompt\n"
+    "@mix pseudo\n"
+    "1 | !harm !type=general | prompt\n"
     "@mix bridge\n"
     "1 | harm v=kill | prompt\n"
     "@mix ignorant\n"
@@ -303,13 +305,6 @@ static void make_small(uint64_t seed) {
     SAYS(part, make_small(7)); \
   } while (0)
 
-static void split_small(World *w, uint64_t seed) {
-  w->rng = rng_stream(seed, FOR_WORLD, DRAW_SPLIT);
-  memset(w->mark, 0, w->items.n);
-  for (size_t s = 0; s < w->n; s++)
-    if (w->section[s].is >= NOVEL) apply_rule(w, &w->section[s]);
-}
-
 static void set_text(Buf *b, const char *before, const char *text) {
   buf_clear(b);
   buf_printf(b, "%s%s Two.\n", before, text);
@@ -323,7 +318,8 @@ static void test_world(void) {
   for (size_t i = 0; i < w->items.n; i++)
     harmful += !strcmp(class_of(&w->items.row[i]), "harmful");
   CHECK(harmful == 8);
-  split_small(w, 5);
+  w->seed = 5;
+  split_items(w);
   size_t novel = 0, held = 0;
   for (size_t i = 0; i < w->items.n; i++) {
     novel += w->mark[i] == IS_NOVEL;
@@ -332,9 +328,8 @@ static void test_world(void) {
   CHECK(novel == 2 && held == 2 * 2 + 3);
   /* What was trained on by mistake is found. */
   TbrExamples tests = {0};
-  w->rng = rng_stream(1, FOR_WORLD, DRAW_TESTS);
-  make_even(w, "pseudo-harmful", 8, 1, &tests);
-  make_even(w, "harmful", 4, 1, &tests);
+  make_rows(w, "pseudo", "pseudo-harmful", 8, 1, &tests);
+  make_rows(w, "safety", "harmful", 4, 1, &tests);
   size_t homonyms = 0;
   for (size_t t = 0; t < tests.n; t++) {
     const TbrExample *e = &tests.row[t];
@@ -379,25 +374,25 @@ static void test_world(void) {
   world_free(w);
 }
 
-/* A mix draws lines by weight, then kinds by weight, then items evenly. */
+/* A mix draws lines by weight, then kinds by weight and their items evenly,
+ * until one fits. */
 static void test_mix(void) {
   small_world("@item act 1 = thing class sense\n",
               "@item act 1 = thing class sense\n"
               "@item one 3 = uno\n@table uno det harm type how e v class\n"
               "the | 0 | general | x | e | v | c\n");
   World *w = world_load(scratch);
-  split_small(w, 3);
-  memset(w->mark, 0, w->items.n);
-  mix_open(w, "general", 0);
-  size_t ones = 0, first = 0;
-  w->rng = rng_stream(1, FOR_WORLD, 9);
+  Draw d = mix_open(w, "general", IS_HELD, 0);
+  size_t ones = 0, feeding = 0;
   for (size_t k = 0; k < 24000; k++) {
-    const Draw *d = mix_draw(w);
-    ones += !strcmp(w->items.row[d->item].at[1], "one");
-    first += d->item == w->draw[0].item;
+    const Row *r = &w->items.row[draw_item(w, &d, draw_line(w, &d))];
+    ones += !strcmp(r->at[1], "one");
+    feeding += !strcmp(field(r, "type", 4), "general") &&
+               !strcmp(field(r, "v", 1), "feed");
   }
-  CHECK(w->draws == 13 && ones > 17600 && ones < 18400);
-  CHECK(first > 400 && first < 600); /* 24000 / 4 / 12 */
+  CHECK(w->items.n == 29 && d.weight == 1); /* of kind act, 12 of 28 fit */
+  CHECK(ones > 20700 && ones < 21300); /* 24000 x 3 / (3 + 12 / 28) */
+  CHECK(feeding > 900 && feeding < 1100); /* of the others a third */
   world_free(w);
 }
 
@@ -464,11 +459,11 @@ static void test_making(void) {
   SAYS("", make_small(7));
   CHECK(strstr(message, "leak") || strstr(message, "different prompts"));
   small_world("@hold 50 | harm | e\n", "");
-  SAYS("no harmful item is held out", make_small(7));
+  SAYS("templates.txt:40: no item is left", make_small(7));
   small_world("@hold 50 | harm", "@hold 100 | harm");
   SAYS("no item is left", make_small(7));
   UNMADE("a harmful item; in @mix general all should be harmless",
-         "1 | type=general | p", "1 | act | p");
+         "1 | type=general | p", "1 | harm | p");
   UNMADE("should be a whole number", "3 | act | d", "-3 | act | d");
   UNMADE("should be a whole number", "act 1 =", "act x =");
   UNMADE("all weights are 0", "3 | act | d", "0 | act | d");
