@@ -5326,38 +5326,25 @@ static const char *const count_name[TBR_COUNTS] = {
     "n", "refusal", "compliance", "neither", "exact", "reflected",
     "against_itself"};
 
-/* Writes results.jsonl, whose `cell` is the mark of what they come from, and
- * results.csv into a directory. */
+/* Writes results.jsonl into a directory; its `cell` is the mark of what they
+ * come from. */
 static void results_write(const char *directory, const TbrResults *r,
                           const char *cell) {
-  Buf b = {0}, csv = {0};
+  Buf b = {0};
   buf_str(&b, "");
-  buf_str(&csv, "arm,seed,label,type");
-  for (size_t c = 0; c < TBR_COUNTS; c++)
-    buf_printf(&csv, ",%s", count_name[c]);
   for (const TbrResult *x = r->row; x < r->row + r->n; x++) {
     buf_str(&b, "{");
     json_field(&b, "arm", x->arm);
     buf_printf(&b, ", \"seed\": %llu", (unsigned long long)x->seed);
     json_field(&b, "label", x->label);
     json_field(&b, "type", x->type);
-    buf_str(&csv, "\n");
-    csv_quote(&csv, x->arm);
-    buf_printf(&csv, ",%llu,", (unsigned long long)x->seed);
-    csv_quote(&csv, x->label);
-    buf_str(&csv, ",");
-    csv_quote(&csv, x->type);
-    for (size_t c = 0; c < TBR_COUNTS; c++) {
+    for (size_t c = 0; c < TBR_COUNTS; c++)
       buf_printf(&b, ", \"%s\": %zu", count_name[c], x->count[c]);
-      buf_printf(&csv, ",%zu", x->count[c]);
-    }
     json_field(&b, "cell", cell);
     buf_str(&b, "}\n");
   }
-  buf_str(&csv, "\n");
   write_in(directory, "results.jsonl", b.s, b.n);
-  write_in(directory, "results.csv", csv.s, csv.n);
-  buf_free(&b), buf_free(&csv);
+  buf_free(&b);
 }
 
 /* Adds the lines of one list of results to another. */
@@ -5706,32 +5693,31 @@ void tbr_ablate(const TbrOptions *o, TbrResults *results) {
 /* The tables, as Markdown and as CSV. */
 typedef struct { Buf text, csv; } Report;
 
-/* Adds a table, whose cells are divided by tabs, and frees it. */
+/* Adds a table, whose cells are divided by tabs, and frees it. Only the CSV
+ * has more than ten columns. */
 static void add_table(Report *r, Buf *b) {
-  size_t wide[64] = {0}, column = 0, line = 0;
+  enum { MOST = 10 };
+  size_t wide[MOST] = {0}, line = 0, column = 0, n;
   buf_char(b, '\n');
-  for (char *s = b->s, c; *s; s++) {
-    size_t n = strcspn(s, "\t\n");
-    if (column < 64 && n > wide[column]) wide[column] = n;
-    s += n, c = *s, *s = 0; /* each cell becomes a string */
-    csv_quote(&r->csv, s - n);
-    buf_char(&r->csv, c == '\t' ? ',' : '\n');
-    column = c == '\t' ? column + 1 : 0;
-    *s = c;
+  for (char *s = b->s; *s; s += n + 1) {
+    n = strcspn(s, "\t\n");
+    if (column < MOST && n > wide[column]) wide[column] = n;
+    column = s[n] == '\t' ? column + 1 : 0;
   }
-  for (char *s = b->s; *s; line++, column = 0) {
-    for (int more = 1; more; column++) {
-      size_t n = strcspn(s, "\t\n"), pad = column < 64 ? wide[column] : n;
-      buf_printf(&r->text, "| %.*s%*s ", (int)n, s, (int)(pad - n), "");
-      more = s[n] == '\t';
-      s += n + 1;
-    }
+  for (char *s = b->s, end; *s; s += n + 1) {
+    end = s[n = strcspn(s, "\t\n")];
+    s[n] = 0;
+    csv_quote(&r->csv, s);
+    buf_char(&r->csv, end == '\t' ? ',' : '\n');
+    if (column < MOST) buf_printf(&r->text, "| %-*s ", (int)wide[column], s);
+    column = end == '\t' ? column + 1 : 0;
+    if (end == '\t') continue;
     buf_str(&r->text, "|\n");
-    for (size_t c = 0; !line && c < column; c++) {
+    for (size_t c = 0; !line && c < MOST && wide[c]; c++) {
       buf_str(&r->text, "|-");
-      for (size_t k = 0; c < 64 && k <= wide[c]; k++) buf_char(&r->text, '-');
+      for (size_t k = 0; k <= wide[c]; k++) buf_char(&r->text, '-');
     }
-    if (!line) buf_str(&r->text, "|\n");
+    if (!line++) buf_str(&r->text, "|\n");
   }
   buf_char(&r->text, '\n');
   buf_char(&r->csv, '\n');
@@ -5855,20 +5841,19 @@ static void rate_table(Report *to, const TbrResults *r, int table,
   add_table(to, &b);
 }
 
-/* Adds the table of refusals: a type a row and an arm a column; of more than
- * eight arms the first, since results.csv has them all. */
+/* Adds the table of refusals: a type a row and an arm a column. */
 static void type_table(Report *to, const TbrResults *r) {
   Buf b = {0};
   buf_str(&b, "refused, by type\tlabel");
-  for (size_t i = 0, arms = 0; i < r->n; i++)
-    if (first_of(r, i, 1) && arms++ < 8) buf_printf(&b, "\t%s", r->row[i].arm);
+  for (size_t i = 0; i < r->n; i++)
+    if (first_of(r, i, 1)) buf_printf(&b, "\t%s", r->row[i].arm);
   for (size_t i = 0; i < r->n; i++) {
     const TbrResult *x = &r->row[i];
     if (!first_of(r, i, 2)) continue;
     buf_printf(&b, "\n%s\t%s", x->type, x->label);
-    for (size_t k = 0, arms = 0; k < r->n; k++) {
+    for (size_t k = 0; k < r->n; k++) {
       const char *arm = r->row[k].arm;
-      if (first_of(r, k, 1) && arms++ < 8)
+      if (first_of(r, k, 1))
         buf_printf(&b, "\t%zu/%zu",
                    total(r, arm, x->label, x->type, ANY_SEED, TBR_REFUSAL),
                    total(r, arm, x->label, x->type, ANY_SEED, TBR_N));
