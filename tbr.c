@@ -32,9 +32,6 @@
 #include <direct.h>
 #include <io.h>
 #include <process.h>
-#define off_t long long
-#define fseeko _fseeki64
-#define ftello _ftelli64
 #define fileno _fileno
 #define fsync _commit
 #define getpid _getpid
@@ -194,12 +191,6 @@ static void buf_free(Buf *b) {
   *b = (Buf){0};
 }
 
-static FILE *open_file(const char *path) {
-  FILE *f = fopen(path, "rb");
-  if (!f) tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
-  return f;
-}
-
 static int file_exists(const char *path) {
   FILE *f = fopen(path, "rb");
   if (f) fclose(f);
@@ -208,7 +199,8 @@ static int file_exists(const char *path) {
 
 /* The whole of a file, closed by a 0 that *n doesn't count; "-" is stdin. */
 static char *read_file(const char *path, size_t *n) {
-  FILE *f = strcmp(path, "-") ? open_file(path) : stdin;
+  FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+  if (!f) tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
   Buf b = {0};
   for (size_t got = 1; got; b.n += got) {
     b.s = mem_grow(b.s, &b.cap, b.n + (1 << 16) + 1, 1);
@@ -219,23 +211,6 @@ static char *read_file(const char *path, size_t *n) {
   b.s[b.n] = 0;
   if (n) *n = b.n;
   return b.s;
-}
-
-/* Reads exactly n bytes; what says what they are, for the message. */
-static void read_exact(FILE *f, const char *path, void *to, size_t n,
-                       const char *what) {
-  size_t got = fread(to, 1, n, f);
-  if (got < n)
-    tbr_fail("%s: ends too early: %s needs %zu bytes, %zu are there (is the "
-             "file truncated?)", path, what, n, got);
-}
-
-/* The length of a file in bytes; reading goes on where it was. */
-static uint64_t file_length(FILE *f, const char *path) {
-  off_t at = ftello(f), n = fseeko(f, 0, SEEK_END) ? -1 : ftello(f);
-  if (at < 0 || n < 0 || fseeko(f, at, SEEK_SET))
-    tbr_fail("%s: is no plain file", path);
-  return (uint64_t)n;
 }
 
 /* Makes a directory and those above it; one that exists is fine. */
@@ -1116,11 +1091,10 @@ typedef struct {
   size_t type, rows, columns, at[2];
 } StEntry;
 
-/* An open file; entry is in the order of the data. */
+/* A file that was read; entry is in the order of the data. */
 typedef struct {
   const char *path; /* must stay until st_close */
-  FILE *file;
-  uint64_t data_at;
+  char *file, *data;
   size_t n;
   StEntry *entry;
   Json *header;
@@ -1131,9 +1105,9 @@ typedef struct {
 typedef struct { const char *prefix; real *at; } Block;
 
 /* The number that n bytes stand for, the lowest first. */
-static uint64_t little_endian(const unsigned char *b, size_t n) {
+static uint64_t little_endian(const char *b, size_t n) {
   uint64_t u = 0;
-  while (n--) u = u << 8 | b[n];
+  while (n--) u = u << 8 | (unsigned char)b[n];
   return u;
 }
 
@@ -1189,26 +1163,23 @@ static int st_order(const void *a, const void *b) {
   return (x[k] > y[k]) - (x[k] < y[k]);
 }
 
-/* Opens a file and checks its header: the tensors that it tells of must fill
+/* Reads a file and checks its header: the tensors that it tells of must fill
  * the rest of the file without holes or overlap. */
 static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
-  unsigned char length[8];
+  size_t size, at = 0;
   st->path = path;
-  st->file = open_file(path);
-  read_exact(st->file, path, length, 8, "the header's length");
-  uint64_t n = little_endian(length, 8), at = 0;
-  uint64_t data = file_length(st->file, path) - 8;
-  if (n > data || n > 100000000)
-    tbr_fail("%s: its header should be %.0f bytes long, of %.0f there; at most "
-             "1e8 can be (is this safetensors?)", path, (double)n,
-             (double)data);
-  st->data_at = 8 + n;
-  data -= n;
-  char *text = mem_new((size_t)n + 1, 1);
-  read_exact(st->file, path, text, (size_t)n, "the header");
-  st->header = json_parse(text, (size_t)n, path, 1);
-  free(text);
+  st->file = read_file(path, &size);
+  uint64_t n = size < 8 ? UINT64_MAX : little_endian(st->file, 8);
+  if (n > 100000000 || n > size - 8)
+    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
+             "the file's %zu (is this safetensors?)", path, size);
+  st->data = st->file + 8 + n;
+  size -= 8 + (size_t)n;
+  char first = *st->data; /* which may be no end for a text */
+  *st->data = 0;
+  st->header = json_parse(st->file + 8, (size_t)n, path, 1);
+  *st->data = first;
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
   const Json *v = st->header->child;
@@ -1220,19 +1191,17 @@ static SafeTensors *st_open(const char *path) {
   if (st->n) qsort(st->entry, st->n, sizeof *st->entry, st_order);
   for (const StEntry *e = st->entry; e < st->entry + st->n; at = e++->at[1])
     if (e->at[0] != at)
-      tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %.0f",
-               path, e->name, e->at[0], (double)at);
-  if (at != data)
-    tbr_fail("%s: the tensors need %.0f bytes, %.0f are there%s", path,
-             (double)at, (double)data,
-             data < at ? " (is the file truncated?)" : "");
+      tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
+               path, e->name, e->at[0], at);
+  if (at != size)
+    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at, size,
+             size < at ? " (is the file truncated?)" : "");
   return st;
 }
 
 static void st_close(SafeTensors *st) {
-  fclose(st->file);
   json_free(st->header);
-  free(st->entry), free(st);
+  free(st->entry), free(st->file), free(st);
 }
 
 /* The tensor of that name, or NULL. */
@@ -1250,27 +1219,19 @@ static float half_float(uint32_t u) {
   return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* Reads n numbers of a type of st_type from where the file is; what says what
- * they are, for the message. */
-static void read_numbers(FILE *f, const char *path, const char *what,
-                         size_t type, real *to, size_t n) {
-  unsigned char block[4096];
-  size_t size = st_type[type].size, fit = sizeof block / size;
-  for (size_t some; n; n -= some) {
-    some = n < fit ? n : fit;
-    read_exact(f, path, block, some * size, what);
-    for (size_t i = 0; i < some; i++) {
-      uint32_t u = (uint32_t)little_endian(block + i * size, size);
-      *to++ = type == F16 ? half_float(u)
-            : bits_float(type == BF16 ? u << 16 : u);
-    }
+/* Takes n numbers of a type of st_type; returns where they end. */
+static const char *read_numbers(real *to, const char *from, size_t type,
+                                size_t n) {
+  for (size_t size = st_type[type].size; n--; from += size) {
+    uint32_t u = (uint32_t)little_endian(from, size);
+    *to++ = type == F16 ? half_float(u)
+          : bits_float(type == BF16 ? u << 16 : u);
   }
+  return from;
 }
 
-static void st_read(SafeTensors *st, const StEntry *e, real *to) {
-  if (fseeko(st->file, (off_t)(st->data_at + e->at[0]), SEEK_SET))
-    tbr_fail("%s: tensor \"%s\" cannot be reached", st->path, e->name);
-  read_numbers(st->file, st->path, e->name, e->type, to, e->rows * e->columns);
+static void st_read(const SafeTensors *st, const StEntry *e, real *to) {
+  read_numbers(to, st->data + e->at[0], e->type, e->rows * e->columns);
 }
 
 /* Writes the n tensors of each block as F32; metadata is a JSON object. */
@@ -1872,18 +1833,17 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
   static const char *const special[] = {"<unk>", "<s>", "</s>"};
   size_t size, at = 4, cap = 0;
   char *file = read_file(path, &size);
-  const unsigned char *b = (const unsigned char *)file;
   TbrTokenizer *t = mem_new(1, sizeof *t);
   uint64_t *order = NULL;
   Buf name = {0};
   t->pieces = 1;
   while (vocab ? t->n < vocab : at < size) {
     size_t id = t->n, n = 0;
-    if (at + 8 <= size) n = (size_t)little_endian(b + at + 4, 4);
+    if (at + 8 <= size) n = (size_t)little_endian(file + at + 4, 4);
     if (at + 8 > size || size - at - 8 < n)
       tbr_fail("%s: ends too early, in token %zu at byte %zu (is the file "
                "truncated, or of another model?)", path, id, at);
-    uint32_t u = (uint32_t)little_endian(b + at, 4);
+    uint32_t u = (uint32_t)little_endian(file + at, 4);
     if (n > 256 || (u & 0x7f800000u) == 0x7f800000u)
       tbr_fail("%s: token %zu at byte %zu is %zu bytes long; at most 256 are "
                "supported; or its score is not a finite number", path, id, at,
@@ -2959,13 +2919,17 @@ static void tokens_append(TbrTokens *t, const int32_t *id, size_t n) {
   for (size_t i = 0; i < n; i++) tokens_add(t, id[i]);
 }
 
-/* Appends n bytes of text as tokens. */
-static void tokens_text(TbrTokens *t, const TbrTokenizer *tok,
-                        const char *text, size_t n) {
+/* Appends n bytes of text as tokens, and a whole text. */
+static void tokens_bytes(TbrTokens *t, const TbrTokenizer *tok,
+                         const char *text, size_t n) {
   int32_t *id;
   n = tbr_encode(tok, text, n, &id);
   tokens_append(t, id, n);
   free(id);
+}
+static void tokens_text(TbrTokens *t, const TbrTokenizer *tok,
+                        const char *text) {
+  tokens_bytes(t, tok, text, strlen(text));
 }
 
 /* The marks of the dialogue: <|bos|> <|user|> prompt <|assistant|>
@@ -3000,7 +2964,7 @@ static void tokens_prompt(TbrTokens *t, const TbrTokenizer *tok,
                           const Marks *mark, const char *prompt) {
   tokens_add(t, mark->bos);
   tokens_add(t, mark->user);
-  tokens_text(t, tok, prompt, strlen(prompt));
+  tokens_text(t, tok, prompt);
   tokens_add(t, mark->assistant);
 }
 
@@ -3012,10 +2976,10 @@ int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
   tokens_prompt(&t, tok, &mark, e->prompt);
   if (reflect && e->reflection) {
     tokens_add(&think, mark.think);
-    tokens_text(&think, tok, e->reflection, strlen(e->reflection));
+    tokens_text(&think, tok, e->reflection);
     tokens_add(&think, mark.end_think);
   }
-  if (e->response) tokens_text(&answer, tok, e->response, strlen(e->response));
+  if (e->response) tokens_text(&answer, tok, e->response);
   tokens_add(&answer, mark.eos);
   size_t prompt = t.n, room = context + 1 > prompt ? context + 1 - prompt : 0;
   int fits = think.n + answer.n <= room, cut = !fits && cut_long && room >= 4;
@@ -3047,7 +3011,7 @@ size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
     const char *end = memchr(text + at, '\n', n - at);
     size_t len = end ? (size_t)(end - text) - at : n - at;
     if (len && bos >= 0) tokens_add(&t, bos);
-    tokens_text(&t, tok, text + at, len);
+    tokens_bytes(&t, tok, text + at, len);
     at += len + 1;
   }
   for (size_t i = 0; i + 1 < t.n; i += window) {
@@ -3381,7 +3345,7 @@ static size_t times(size_t a, size_t b) {
 }
 
 /* The sizes in a configuration: their names, their keys in config.json, and
- * what they are where that lacks them (-1: an error, 0: see config_read). */
+ * what they are where that lacks them (-1: an error, 0: by the others). */
 static const struct {
   const char *name, *key;
   size_t at;
@@ -3404,7 +3368,7 @@ static size_t *config_at(const TbrConfig *c, size_t i) {
 
 /* Fails, naming `where`, unless the configuration is one that works. */
 static void config_check(const TbrConfig *c, const char *where) {
-  const size_t limit = (size_t)1 << 28;
+  const size_t limit = (size_t)1 << 28; /* so that 32 bits hold a layer's */
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     if (*config_at(c, i) == 0 || *config_at(c, i) > limit)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
@@ -3412,6 +3376,9 @@ static void config_check(const TbrConfig *c, const char *where) {
   if (c->heads % c->kv_heads)
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
              "be a multiple of the second", where, c->heads, c->kv_heads);
+  if (c->head_dim > limit / c->heads)
+    tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
+             c->heads, c->head_dim, limit);
   if (c->head_dim % 2)
     tbr_fail("%s: the head size is %zu; rotary embedding needs it even",
              where, c->head_dim);
@@ -3863,8 +3830,8 @@ static TbrConfig config_read(const char *path) {
       tbr_fail("%s: \"%s\" is missing or no whole number", path, key);
     *config_at(&c, i) = (size_t)x;
   }
-  if (!json_get(json, "num_key_value_heads")) c.kv_heads = c.heads;
-  if (!json_get(json, "head_dim") && c.heads) c.head_dim = c.dim / c.heads;
+  if (!c.kv_heads) c.kv_heads = c.heads;
+  if (!c.head_dim && c.heads) c.head_dim = c.dim / c.heads;
   c.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
   c.rope_theta = json_number(rope, "rope_theta",
                              json_number(json, "rope_theta", 10000));
@@ -3928,33 +3895,25 @@ enum { BIN_HEADER = 28 };
 
 /* Reads the header; fails unless the file is just as long as that says,
  * before anything as large is allocated. */
-static TbrConfig bin_config(FILE *f, const char *path) {
+static TbrConfig bin_config(const char *file, size_t size, const char *path) {
   static const size_t place[7] = {1, 2, 3, 4, 5, 0, 7}; /* in config_size */
   TbrConfig c = {.rope_theta = 10000, .norm_eps = 1e-5, .tied = 1};
-  unsigned char b[BIN_HEADER];
-  read_exact(f, path, b, BIN_HEADER, "the header of a llama2.c checkpoint");
+  if (size < BIN_HEADER)
+    tbr_fail("%s: is too short to be a llama2.c checkpoint", path);
   for (size_t i = 0; i < 7; i++) {
-    uint32_t u = (uint32_t)little_endian(b + 4 * i, 4);
+    uint32_t u = (uint32_t)little_endian(file + 4 * i, 4);
     if (i == 5 && u >> 31) c.tied = 0, u = 0 - u;
-    if (u == 0 || u > 1u << 28)
-      tbr_fail("%s: byte %zu: number %lu cannot be in the header of a "
-               "llama2.c checkpoint; is it one?", path, 4 * i,
-               (unsigned long)u);
     *config_at(&c, place[i]) = u;
   }
-  if (c.dim % c.heads)
-    tbr_fail("%s: a width of %zu cannot be divided among %zu heads", path,
-             c.dim, c.heads);
-  c.head_dim = c.dim / c.heads;
+  c.head_dim = c.heads ? c.dim / c.heads : 0;
   config_check(&c, path);
   uint64_t n = (uint64_t)c.vocab * c.dim * (c.tied ? 1 : 2) +
                (uint64_t)c.layers * layer_size(&c) + c.dim +
                (uint64_t)c.context * c.head_dim;
-  uint64_t want = BIN_HEADER + 4 * n, have = file_length(f, path);
-  if (have != want)
-    tbr_fail("%s: is %.0f bytes long, and by its header should be %.0f: it is "
-             "truncated or not a llama2.c checkpoint", path, (double)have,
-             (double)want);
+  if (size != BIN_HEADER + 4 * n)
+    tbr_fail("%s: is %zu bytes long, and by its header should be %.0f: it is "
+             "truncated or not a llama2.c checkpoint", path, size,
+             BIN_HEADER + 4 * (double)n);
   return c;
 }
 
@@ -3974,27 +3933,25 @@ static void bin_reorder(real *w, size_t heads, size_t size, size_t d) {
 static TbrModel *model_read_bin(const char *path) {
   /* where a layer's tensors are in the file, by tbr's own order */
   static const size_t part[LAYER_TENSORS] = {0, 1, 2, 3, 4, 5, 6, 8, 7};
-  FILE *f = open_file(path);
-  TbrConfig c = bin_config(f, path);
+  size_t size;
+  char *file = read_file(path, &size);
+  TbrConfig c = bin_config(file, size, path);
   TbrModel *m = tbr_model_new(&c);
-  const char *what = "a block of weights";
-  read_numbers(f, path, what, F32, m->param, c.vocab * c.dim);
+  const char *at = file + BIN_HEADER;
+  at = read_numbers(m->param, at, F32, c.vocab * c.dim);
   for (size_t i = 0; i < LAYER_TENSORS; i++)
     for (size_t l = 0; l < c.layers; l++) {
       const TbrTensor *t = &m->tensor[1 + LAYER_TENSORS * l + part[i]];
-      read_numbers(f, path, what, F32, m->param + t->at,
-                   t->rows * t->columns);
+      at = read_numbers(m->param + t->at, at, F32, t->rows * t->columns);
     }
   for (size_t l = 0; l < c.layers; l++)
     bin_reorder(layer_at(&c, m->param, l).qkv, c.heads + c.kv_heads,
                 c.head_dim, c.dim);
-  read_numbers(f, path, what, F32, final_norm(&c, m->param), c.dim);
-  if (fseeko(f, (off_t)(4 * c.context * c.head_dim), SEEK_CUR)) /* RoPE */
-    tbr_fail("%s: cannot be read: %s", path, strerror(errno));
+  at = read_numbers(final_norm(&c, m->param), at, F32, c.dim);
+  at += 4 * c.context * c.head_dim; /* tables for RoPE */
   if (!c.tied)
-    read_numbers(f, path, what, F32, classifier(&c, m->param),
-                 c.vocab * c.dim);
-  fclose(f);
+    read_numbers(classifier(&c, m->param), at, F32, c.vocab * c.dim);
+  free(file);
   return m;
 }
 
@@ -4594,20 +4551,18 @@ static const char *const arditi_holds[] = {
 
 /* A copy in lower case (ASCII) without white space at its ends. */
 static char *lower_trimmed(const char *s) {
-  char *copy = copy_string(s);
+  char *copy = trim(copy_string(s + strspn(s, " \t\r\n")));
   for (char *c = copy; *c; c++)
     if (*c >= 'A' && *c <= 'Z') *c = (char)(*c - 'A' + 'a');
-  char *text = copy_string(trim(copy));
-  free(copy);
-  return text;
+  return copy;
 }
 
 /* What stands behind the reflection, if there is one. */
 static const char *without_reflection(const char *answer) {
   const char *at = answer + strspn(answer, " \t\r\n");
   if (strncmp(at, "<think>", 7)) return answer;
-  const char *end = strstr(at, "</think>");
-  return end ? end + 8 : "";
+  at = strstr(at, "</think>");
+  return at ? at + 8 : "";
 }
 
 int tbr_refuses(const char *answer, const char *rule) {
@@ -4627,8 +4582,7 @@ int tbr_refuses(const char *answer, const char *rule) {
 static int mentions(const char *text, const char *key) {
   char *a = lower_trimmed(text), *b = lower_trimmed(key);
   int found = strstr(a, b) != NULL;
-  free(a);
-  free(b);
+  free(a), free(b);
   return found;
 }
 
@@ -4660,18 +4614,26 @@ TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
 
 /* ---- evaluation -------------------------------------------------------- */
 
+/* What tokens say (fresh). A zero byte, which would end a string, becomes
+ * another that is no UTF-8, and so U+FFFD in files. */
+static char *words_of(const TbrTokenizer *tok, const int32_t *id, size_t n) {
+  char *text = tbr_decode(tok, id, n, &n);
+  for (char *zero; (zero = memchr(text, 0, n)) != NULL;) *zero = '\xff';
+  return text;
+}
+
 /* Divides generated tokens into reflection (fresh, NULL if there is none) and
  * answer (fresh). A reflection that never ends leaves an empty answer. */
 static char *split_answer(const TbrTokenizer *tok, const Marks *mark,
                           const TbrTokens *t, char **reflection) {
-  size_t at = 0, n;
+  size_t at = 0;
   *reflection = NULL;
   if (t->n && t->id[0] == mark->think) {
     while (at < t->n && t->id[at] != mark->end_think) at++;
-    *reflection = tbr_decode(tok, t->id + 1, at - 1, &n);
+    *reflection = words_of(tok, t->id + 1, at - 1);
     if (at < t->n) at++;
   }
-  return tbr_decode(tok, t->id + at, t->n - at, &n);
+  return words_of(tok, t->id + at, t->n - at);
 }
 
 /* One answer of the model. */
@@ -4790,15 +4752,12 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
     answer_row(&rows, &e->row[i], &answer[i], &j, arm, seed);
     xstest_row(&csv, &e->row[i], i, answer[i].text, &j);
     cut += (size_t)answer[i].cut;
-    free(answer[i].reflection);
-    free(answer[i].text);
+    free(answer[i].reflection), free(answer[i].text);
   }
   make_directory(directory);
   write_in(directory, "completions.jsonl", rows.s, rows.n);
   write_in(directory, "completions.csv", csv.s, csv.n);
-  buf_free(&rows);
-  buf_free(&csv);
-  free(answer);
+  buf_free(&rows), buf_free(&csv), free(answer);
   return cut;
 }
 
@@ -6165,7 +6124,7 @@ static void verb_generate(const TbrOptions *o) {
     tokens_prompt(&prompt, p.tok, &mark, o->prompt);
   } else {
     if (mark.bos >= 0) tokens_add(&prompt, mark.bos);
-    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt, strlen(o->prompt));
+    if (*o->prompt) tokens_text(&prompt, p.tok, o->prompt);
   }
   TbrTokens *said = tbr_generate(p.model, &prompt, 1, &s, NULL);
   if (has_marks(&mark)) {

@@ -183,6 +183,7 @@ int main(void) {
   test_mask();
   test_neighbours();
   test_bounds();
+  bad_config(1 << 16, 1 << 16, 1 << 16, 1e-5, "wider than");
   bad_config(0, 1, 4, 1e-5, "number of heads is 0");
   bad_config(3, 2, 4, 1e-5, "3 heads cannot share 2");
   bad_config(2, 2, 3, 1e-5, "needs it even");

@@ -98,19 +98,19 @@ static void test_step(const TbrModel *m, const TbrSequences *s) {
 /* Compares what log.csv says of each step with PyTorch's. */
 static void compare_log(const char *directory) {
   char *path = path_in(directory, "log.csv");
-  Csv log = csv_read(path);
-  size_t n;
+  Json *log = csv_read(path);
+  const Json *row = log->child->next;
+  size_t n, i = 0;
   real *loss = read_golden("losses", &n), *norm = read_golden("norms", &n);
-  EQUAL(log.rows, n + 1);
-  size_t of_loss = csv_column(&log, "loss");
-  size_t of_norm = csv_column(&log, "gradient_norm");
-  for (size_t i = 0; i < n && i + 1 < log.rows; i++) {
-    char *const *row = log.cell + (i + 1) * log.columns;
-    NEAR(strtod(row[of_loss], NULL), loss[i], 1e-5 * (double)loss[i]);
-    NEAR(strtod(row[of_norm], NULL), norm[i], 1e-4 * (double)norm[i]);
+  for (; row && i < n; row = row->next, i++) {
+    NEAR(strtod(json_get(row, "loss")->string, NULL), loss[i],
+         1e-5 * (double)loss[i]);
+    NEAR(strtod(json_get(row, "gradient_norm")->string, NULL), norm[i],
+         1e-4 * (double)norm[i]);
   }
+  CHECK(i == n && !row);
   free(loss), free(norm), free(path);
-  csv_free(&log);
+  json_free(log);
 }
 
 static void test_ten_steps(TbrModel *m, const TbrSequences *s,

@@ -133,6 +133,12 @@ static void test_mask(void) {
     special += (size_t)tbr_token_special(tok, s.id[i]);
   EQUAL(special, 3u);
   tbr_sequences_free(&s);
+  /* A zero byte doesn't end what a model says. */
+  int32_t said[] = {6 + 'a', 6, 6 + 'b'};
+  char *reflection, *answer = split_answer(
+      tok, &(Marks){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
+  SAME(answer, "a\xff" "b");
+  free(answer);
   tbr_tokenizer_free(tok);
 }
 
