@@ -5086,7 +5086,7 @@ static void reflect_internally(const Pair *p, TbrExamples *e, size_t n,
       tbr_fail("example %zu, \"%.60s\", has no `lead`, from which the base "
                "could go on", i + 1, e->row[i].prompt);
     if (bos >= 0) tokens_add(&prompt[i], bos);
-    tokens_text(&prompt[i], p->tok, e->row[i].lead, SIZE_MAX);
+    tokens_text(&prompt[i], p->tok, e->row[i].lead);
   }
   TbrTokens *said = tbr_generate(p->model, prompt, n, &o, "reflect");
   for (size_t i = 0; i < n; i++) {

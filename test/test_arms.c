@@ -153,7 +153,7 @@ static void test_internal(const char *folder) {
   reflect_internally(&p, &e, 2, 0);
   TbrTokens prompt = {0};
   tokens_add(&prompt, tbr_special(p.tok, "<|bos|>"));
-  tokens_text(&prompt, p.tok, "b", SIZE_MAX);
+  tokens_text(&prompt, p.tok, "b");
   TbrSampling o = {0, 1, 96, {tbr_special(p.tok, "<|bos|>"),
                               tbr_special(p.tok, "<|eos|>")}, 0};
   TbrTokens *said = tbr_generate(p.model, &prompt, 1, &o, NULL);
