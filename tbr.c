@@ -5829,13 +5829,17 @@ static void seed_table(Report *to, const TbrResults *r) {
     if (first_of(r, i, 0))
       buf_printf(&b, "\t%llu", (unsigned long long)r->row[i].seed);
   for (size_t i = 0; i < r->n; i++) {
+    const char *arm = r->row[i].arm;
     if (!first_of(r, i, 1)) continue;
-    buf_printf(&b, "\n%s", r->row[i].arm);
-    for (size_t k = 0; k < r->n; k++)
-      if (first_of(r, k, 0))
-        buf_printf(&b, "\t%.3f/%.3f",
-                   rate(r, 0, r->row[i].arm, r->row[k].seed),
-                   rate(r, 2, r->row[i].arm, r->row[k].seed));
+    buf_printf(&b, "\n%s", arm);
+    for (size_t k = 0; k < r->n; k++) {
+      if (!first_of(r, k, 0)) continue;
+      double fr = rate(r, 0, arm, r->row[k].seed);
+      double tr = rate(r, 2, arm, r->row[k].seed);
+      buf_str(&b, "\t");
+      if (fr >= 0) buf_printf(&b, "%.3f", fr);
+      if (tr >= 0) buf_printf(&b, "/%.3f", tr);
+    }
   }
   add_table(to, &b);
 }
