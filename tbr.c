@@ -2307,7 +2307,7 @@ typedef struct {
   size_t weight, first, items; /* of a kind, and where its items are */
 } Section;
 
-enum { TABLE, SAY, MIX, ITEM, FIX, NOVEL, HOLD, STATEMENTS };
+enum { TABLE, SAY, MIX, RULE, ITEM, FIX, STATEMENTS };
 static const struct {
   const char *word, *form;
   size_t words, cells; /* at its head, or at least; of each row */
@@ -2315,10 +2315,9 @@ static const struct {
     {"@table", "@table NAME COLUMN ..., then as many cells a row", 3, 0},
     {"@say", "@say NAME, then guard | text", 2, 2},
     {"@mix", "@mix NAME, then weight | guard | say", 2, 3},
+    {"@rule", "@rule NAME, then percent | guard | fields", 2, 3},
     {"@item", "@item KIND WEIGHT = TABLE ...", 5, 0},
-    {"@fix", "@fix SAY ...", 2, 0},
-    {"@novel", "@novel PERCENT | guard | fields", 2, 2},
-    {"@hold", "@hold PERCENT | guard | fields", 2, 2}};
+    {"@fix", "@fix SAY ...", 2, 0}};
 
 /* What is known of an item: its rules, and where it was drawn. */
 enum { IS_NOVEL = 1, IS_HELD = 2, PRETRAINED = 4, TUNED = 8 };
@@ -2334,7 +2333,7 @@ typedef struct {
 typedef struct {
   char *path[2];
   Section *section;
-  size_t n, cap, rows, kinds; /* rows read; the sum of the kinds' weights */
+  size_t n, cap, kinds; /* the sum of the kinds' weights */
   Section items;
   unsigned char *mark;   /* of each item */
   Buf documents, tuning; /* what was made for training, for the checks */
@@ -2411,6 +2410,9 @@ static void row_add(Row *r, const char *s) {
 }
 
 static void section_add(Section *s, Row r) {
+  if (s->n == MOST_ROWS)
+    fail_at(&r, "more than %d rows or items; do the tables of an @item have a "
+            "column in common?", MOST_ROWS);
   s->row = mem_grow(s->row, &s->cap, s->n + 1, sizeof r);
   s->row[s->n++] = r;
 }
@@ -2449,7 +2451,6 @@ static void read_row(World *w, Row at, const char *text) {
   if (at.n != (s->is == TABLE ? s->head.n - 2 : statement[s->is].cells))
     fail_at(&at, "%zu cells don't fit to %s %s; this should be %s", at.n,
             s->head.at[0], s->head.at[1], statement[s->is].form);
-  if (++w->rows > MOST_ROWS) fail_at(&at, "more than %d rows", MOST_ROWS);
   for (size_t c = 0; s->is == TABLE && c < at.n; c++) {
     if (!*at.at[c])
       fail_at(&at, "nothing in a cell; an empty one is written -");
@@ -2461,26 +2462,22 @@ static void read_row(World *w, Row at, const char *text) {
 /* Reads a line that begins with @. */
 static void read_statement(World *w, Row at, char *text) {
   Section s = {.head = at};
-  char *row = strchr(text, '|');
-  if (row) *row++ = 0;
   s.head.text = copy_string(text);
   split(&s.head, s.head.text, ' ');
   while (s.is < STATEMENTS && strcmp(s.head.at[0], statement[s.is].word))
     s.is++;
   if (s.is == STATEMENTS)
-    fail_at(&at, "%s is unknown; known are @table, @item, @fix, @say, @mix, "
-            "@novel, @hold", s.head.at[0]);
+    fail_at(&at, "%s is unknown; known are @table, @say, @mix, @rule, @item, "
+            "@fix", s.head.at[0]);
   size_t words = statement[s.is].words;
   if (s.head.n < words || (statement[s.is].cells && s.head.n > words) ||
-      (row != NULL) != (s.is >= NOVEL) ||
       (s.is == ITEM && strcmp(s.head.at[3], "=")))
     fail_at(&at, "this should be %s", statement[s.is].form);
   const char *name = s.head.at[1];
-  if (s.is <= ITEM && find(w, s.is, name, strlen(name)))
+  if (s.is != FIX && find(w, s.is, name, strlen(name)))
     fail_at(&at, "%s %s is there twice", s.head.at[0], name);
   w->section = mem_grow(w->section, &w->cap, w->n + 1, sizeof s);
   w->section[w->n++] = s;
-  if (row) read_row(w, at, row);
 }
 
 /* Reads one of the two files. */
@@ -2497,8 +2494,8 @@ static void read_world_file(World *w, const char *path) {
     line = trim(line);
     if (!*line || *line == '#') continue;
     if (*line == '@') read_statement(w, at, line);
-    else if (w->n && w->section[w->n - 1].is <= MIX) read_row(w, at, line);
-    else fail_at(&at, "a row outside of @table, @say and @mix");
+    else if (w->n && w->section[w->n - 1].is < ITEM) read_row(w, at, line);
+    else fail_at(&at, "a row outside of @table, @say, @mix and @rule");
   }
   free(text);
 }
@@ -2531,9 +2528,6 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
   for (size_t i = 0; i < table->n; i++) {
     const Row *row = &table->row[i];
     size_t c = 0, n = r->n;
-    if (w->items.n > MOST_ROWS)
-      fail_at(kind, "more than %d items; do the tables have a column in "
-              "common?", MOST_ROWS);
     for (; c < row->n; c++) {
       const char *name = table->head.at[c + 2];
       const char *have = field(r, name, strlen(name));
@@ -2799,12 +2793,12 @@ static World *world_load(const char *directory) {
 
 /* ---- the data set ------------------------------------------------------ */
 
-/* What an item is under a rule: a hash of the fields that the rule names (of
- * the item's number for *), or 0 if the guard doesn't hold. */
+/* What an item is under a rule (percent | guard | fields): a hash of these
+ * fields (of the item's number for *), or 0 if the guard doesn't hold. */
 static uint64_t combination(const World *w, const Row *rule, size_t item) {
   uint64_t hash = HASH_START;
-  if (!holds(&w->items.row[item], rule->at[0])) return 0;
-  const char *f = rule->at[1];
+  if (!holds(&w->items.row[item], rule->at[1])) return 0;
+  const char *f = rule->at[2];
   for (size_t n; *f; f += n, f += strspn(f, " ")) {
     n = strcspn(f, " ");
     const char *v = field(&w->items.row[item], f, n);
@@ -2815,32 +2809,33 @@ static uint64_t combination(const World *w, const Row *rule, size_t item) {
   return hash;
 }
 
-/* Marks the items of the share of combinations that a rule draws. */
-static void apply_rule(World *w, const Section *rule) {
+/* Gives the share of combinations that a line of a rule draws a mark. */
+static void apply_rule(World *w, const Row *rule, unsigned char mark) {
   uint64_t *key = mem_raw(w->items.n, sizeof *key);
   size_t *first = mem_raw(w->items.n, sizeof *first); /* of a combination */
   size_t *order = mem_raw(w->items.n, sizeof *order), n = 0, k;
   for (size_t i = 0; i < w->items.n; i++) {
-    key[i] = combination(w, rule->row, i);
+    key[i] = combination(w, rule, i);
     for (k = 0; k < n && key[first[k]] != key[i];) k++;
     if (key[i] && k == n) first[n++] = i;
   }
-  if (!n) fail_at(rule->row, "this guard holds for no item");
+  if (!n) fail_at(rule, "this guard holds for no item");
   shuffle(order, n, &w->rng);
-  size_t share = (n * weight(rule->row, rule->head.at[1]) + 50) / 100;
+  size_t share = (n * weight(rule, rule->at[0]) + 50) / 100;
   for (k = 0; k < share; k++)
     for (size_t i = 0; i < w->items.n; i++)
-      if (key[i] == key[first[order[k]]])
-        w->mark[i] |= rule->is == NOVEL ? IS_NOVEL : IS_HELD;
+      if (key[i] == key[first[order[k]]]) w->mark[i] |= mark;
   free(order), free(first), free(key);
 }
 
 /* Draws what is novel and what is held. */
 static void split_items(World *w) {
+  const Section *novel = needed(w, RULE, "novel");
+  const Section *held = needed(w, RULE, "held");
   w->rng = rng_stream(w->seed, FOR_WORLD, 0);
   memset(w->mark, 0, w->items.n);
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->is >= NOVEL) apply_rule(w, s);
+  for (size_t l = 0; l < novel->n; l++) apply_rule(w, &novel->row[l], IS_NOVEL);
+  for (size_t l = 0; l < held->n; l++) apply_rule(w, &held->row[l], IS_HELD);
 }
 
 /* Whether an item may be drawn for a line of a mix. */
@@ -2897,15 +2892,16 @@ static void make_documents(World *w, const char *name, size_t n) {
   }
 }
 
-/* Whether a rule of this sort holds an item apart from all that are marked:
- * none of those is the same combination. */
-static int is_apart(const World *w, int sort, size_t item, int marked) {
-  for (const Section *s = w->section; s < w->section + w->n; s++) {
-    if (s->is != sort) continue;
-    uint64_t own = combination(w, s->row, item);
+/* Whether a line of a rule holds an item apart from all that are marked: none
+ * of those is the same combination. */
+static int is_apart(const World *w, const char *rule, size_t item,
+                    int marked) {
+  const Section *s = needed(w, RULE, rule);
+  for (const Row *line = s->row; line < s->row + s->n; line++) {
+    uint64_t own = combination(w, line, item);
     size_t i = 0;
     while (own && i < w->items.n &&
-           !(w->mark[i] & marked && combination(w, s->row, i) == own))
+           !(w->mark[i] & marked && combination(w, line, i) == own))
       i++;
     if (own && i == w->items.n) return 1;
   }
@@ -2920,9 +2916,9 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
   int novel = w->mark[item] & IS_NOVEL;
   if (w->mark[item] & TUNED || strstr(w->tuning.s, e->prompt) ||
       strstr(w->tuning.s, ask) ||
-      (strcmp(e->label, "pseudo-harmful") && !is_apart(w, HOLD, item, TUNED)))
+      (strcmp(e->label, "pseudo-harmful") && !is_apart(w, "held", item, TUNED)))
     tbr_fail("leak: the test \"%s\" is in fine-tuning", e->prompt);
-  if ((novel && !is_apart(w, NOVEL, item, PRETRAINED)) ||
+  if ((novel && !is_apart(w, "novel", item, PRETRAINED)) ||
       (novel && strstr(w->documents.s, ask)) ||
       (strcmp(e->label, "harmless") && strstr(w->documents.s, e->prompt)))
     tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
