@@ -34,12 +34,14 @@ typedef float tbr_real;
 
 /* ---- errors and threads (chapter 1) ------------------------------------ */
 
-/* Ends what is going on with a message: removes half-written files, calls
- * the handler, and exits with status 1 if that returns. Never returns. */
+/* Ends what is going on with a message: calls the handler, and exits with
+ * status 1 if that returns. Never returns. Of threads that fail in the same
+ * parallel loop only one gets so far. */
 TBR_NORETURN TBR_PRINTF(1, 2) void tbr_fail(const char *format, ...);
 
 /* Sets the handler that tbr_fail calls; it may longjmp, which leaks what was
- * allocated on the way. NULL: print the message and exit. */
+ * allocated on the way, but not out of a parallel loop (tbr_ablate has one
+ * over its cells). NULL: print the message and exit. */
 void tbr_on_error(void (*handler)(const char *message));
 
 /* Threads of the parallel loops; 0 for all cores. No result depends on it. */
@@ -90,7 +92,8 @@ size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
  * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing. */
+ * n bytes exactly; special tokens decode to nothing, and so do ids beyond the
+ * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
@@ -189,7 +192,8 @@ void tbr_sequences_free(TbrSequences *s);
 /* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
  * response <|eos|>, with the loss on what stands behind <|assistant|>.
  * Returns 0 if it fits into the context; else 1 if reflection and response
- * were cut to fit (only with cut_long), 2 if it was left out. */
+ * were cut to fit (only with cut_long; a response that is cut has no <|eos|>),
+ * 2 if it was left out. */
 int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                          const TbrExample *e, int reflect, size_t context,
                          int cut_long);
@@ -353,14 +357,17 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
  * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
   const char *world, *out, *base, *model, *tokenizer, *general, *safety,
-      *prompts, *text, *prompt, *in, *form, *rule, *reflection, *style,
-      *too_long, *arm;
+      *bridge, *pseudo, *prompts, *text, *prompt, *in, *form, *rule,
+      *reflection, *style, *too_long, *arm, *mix, *of, *by, *baseline, *grid;
+  const char *file;         /* the argument of a verb that has one */
+  const char *const *given; /* options as given: name, value, ..., NULL */
   TbrWorldSizes sizes;
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
   size_t steps, batch, warmup, rows, save_every, general_rows, safety_rows;
-  size_t limit, tokens, show, threads;
-  double pretrain_lr, pretrain_decay, lr, decay, share, temperature, top_p;
+  size_t bridge_rows, pseudo_rows, filter, think, limit, tokens, show, threads;
+  double pretrain_lr, pretrain_decay, lr, decay, share, asked, noise;
+  double temperature, top_p;
 } TbrOptions;
 
 /* The stages of an experiment, each from files to files in directory. */
@@ -370,13 +377,13 @@ void tbr_finetune(const TbrOptions *options, const char *directory);
 void tbr_eval(const TbrOptions *options, const char *directory,
               TbrResults *results);
 
-/* Runs every arm of a grid file under every seed. over: names and values, in
- * turn, that take the place of what the grid says for all; then NULL. */
-void tbr_ablate(const char *grid, const char *const *over,
-                TbrResults *results);
+/* Runs every arm of a grid file under every seed; the options given take the
+ * place of what the grid says for all. */
+void tbr_ablate(const TbrOptions *options, TbrResults *results);
 
-/* Prints the tables, and writes report.md. */
-void tbr_report(const TbrResults *results, const char *directory);
+/* Prints the tables, with the claims of options->grid decided by their own
+ * rules, and writes report.md and report.csv into options->out. */
+void tbr_report(const TbrResults *results, const TbrOptions *options);
 
 /* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
  * the mean of n numbers with half of its 95% t-interval. */

@@ -8,7 +8,7 @@ cd "$(dirname "$0")" || exit 2
 : "${CC:=cc}" "${FLAGS:=-O2 -ffp-contract=off -fno-math-errno}"
 : "${TBR_REAL:=$PWD/../../shared/real}"
 case $TBR_REAL in /*) ;; *) TBR_REAL=$OLDPWD/$TBR_REAL ;; esac
-C_TESTS='math gradient model train judge'
+C_TESTS='math gradient model train arms judge'
 SH_TESTS='digest cli real'
 [ -f test_files.c ] && C_TESTS="$C_TESTS files"
 [ -f test_data.c ] && C_TESTS="$C_TESTS data"

@@ -27,10 +27,10 @@ for verb in $verbs; do
   esac >help2.txt 2>&1
   same help.txt help2.txt "$verb --help and help $verb"
 done
-status 1 '--seed: "x"' "$TBR" data --seed x
-status 1 '--seed: "-1"' "$TBR" data --seed -1
-status 1 'no whole number' "$TBR" data --seed 1.5
-status 1 '--form cannot be "xml"' "$TBR" data --form xml
+status 1 '--seed: "x"' "$TBR" data --show 0 --seed x
+status 1 '--seed: "-1"' "$TBR" data --show 0 --seed -1
+status 1 'no whole number' "$TBR" data --show 0 --seed 1.5
+status 1 '--form cannot be "xml"' "$TBR" data --show 0 --form xml
 status 1 '--rule cannot be "mine"' "$TBR" judge x.csv --rule mine
 status 1 'from 0 to 1' "$TBR" generate --top-p 1.5
 for bad in two '' -3 1.5; do # a number of threads that is none
@@ -41,7 +41,7 @@ for bad in two '' -3 1.5; do # a number of threads that is none
 done
 
 # ---- something small to work with
-"$TBR" data --world "$here/../data" --out world 2>/dev/null
+"$TBR" data --show 0 --world "$here/../data" --out world 2>/dev/null
 head -n 300 world/pretrain.txt >text.txt
 head -n 40 world/general.jsonl >general.jsonl
 head -n 20 world/safety.jsonl >safety.jsonl
@@ -67,9 +67,9 @@ status 1 'no.jsonl: cannot be opened' "$TBR" train --base base --general no.json
 printf '{"prompt": "a", "response": "b"}\n{"prompt": "a" "response": "b"}\n' >bad.jsonl
 status 1 'bad.jsonl:2:16' "$TBR" train --base base --general bad.jsonl --out none
 printf '{"prompt": "a", "response": "b"}\n{"response": "b"}\n' >bad.jsonl
-status 1 'bad.jsonl:2: row without' "$TBR" data --in bad.jsonl --out none.jsonl
+status 1 'bad.jsonl:2: row without' "$TBR" data --show 0 --in bad.jsonl --out none.jsonl
 printf '[{"prompt": "a"},\n {"prompt": 7}]' >bad.json
-status 1 'bad.json:2: ' "$TBR" data --in bad.json --out none.jsonl
+status 1 'bad.json:2: ' "$TBR" data --show 0 --in bad.json --out none.jsonl
 printf 'id,prompt\n1,a\n2,b,c\n' >bad.csv
 status 1 'bad.csv:3: 3 cells' "$TBR" eval --model tuned --prompts bad.csv --out none
 printf 'id,prompt\n1,a\n' >none.csv
@@ -90,6 +90,18 @@ printf 'arm a\ndim = 8\n' >bad.grid
 status 1 'bad.grid:2: ' "$TBR" ablate bad.grid --out none
 printf 'arm a\narm a\n' >bad.grid
 status 1 'bad.grid:2: there is an arm "a" already' "$TBR" ablate bad.grid --out none
+printf 'arm a seed=3\n' >bad.grid
+status 1 'bad.grid:1: seed holds for all arms' "$TBR" ablate bad.grid --out none
+printf 'arm a of=b\narm b\n' >bad.grid
+status 1 'bad.grid:1: of=b should name an arm above' "$TBR" ablate bad.grid --out none
+printf 'arm a safety=no.jsonl\n' >bad.grid
+status 1 'no.jsonl: cannot be opened; arm a names it as safety' "$TBR" ablate bad.grid --out none
+for claim in 'x' 'x | y' 'x | y | FR a' 'x | y | FR a > b' 'x | y | XX a > 0' 'x | y | FR a > 0 & FR'; do
+  printf 'arm a\nclaim %s\n' "$claim" >bad.grid
+  status 1 'bad.grid:2: ' "$TBR" ablate bad.grid --out none
+done
+printf 'arm a\nclaim x | y | FR a - b > 0\n' >bad.grid
+status 1 'bad.grid:2: there is no arm "b" above' "$TBR" ablate bad.grid --out none
 printf 'arm a style=odd\n' >bad.grid
 status 1 '--style cannot be "odd"' "$TBR" ablate bad.grid --out none
 [ ! -e none ] && [ ! -e none.jsonl ] && pass || fail 'a run that failed left something'
@@ -148,7 +160,7 @@ done
 
 # ---- where nothing can be written
 touch file
-status 1 'file/x' "$TBR" data --in eval.jsonl --out file/x
+status 1 'file/x' "$TBR" data --show 0 --in eval.jsonl --out file/x
 status 1 'file/x' "$TBR" train --base base --general general.jsonl --steps 1 --out file/x
 status 1 'file/x' "$TBR" eval --model tuned --prompts eval.jsonl --tokens 1 --out file/x
 if [ -w /dev/full ]; then
@@ -161,7 +173,7 @@ else echo 'no /dev/full here: a full disk is not tried'; fi
 mkdir full
 if mount -t tmpfs -o size=64k tmpfs full 2>/dev/null; then
   status 1 'full/' "$TBR" train --base base --general general.jsonl --steps 2 --out full/a
-  status 1 'full/' "$TBR" data --in world/general.jsonl --out full/rows.jsonl
+  status 1 'full/' "$TBR" data --show 0 --in world/general.jsonl --out full/rows.jsonl
   is "$(ls full full/a 2>/dev/null | grep -e tmp -e rows -e trainer_state)" '' 'what a full disk leaves'
   umount full
 else echo 'no small disk can be mounted here: a full one is not tried'; fi
@@ -182,11 +194,11 @@ status 0 'are longer than the context' "$TBR" eval --model shorter --prompts eva
 is $? 1 'status of a prompt longer than the context'
 
 # ---- examples, show, judge, report
-"$TBR" data --in safety.jsonl --form messages --out chat.jsonl 2>/dev/null
-"$TBR" data --in chat.jsonl --out back.jsonl 2>/dev/null
-"$TBR" data --in safety.jsonl --out native.jsonl 2>/dev/null
+"$TBR" data --show 0 --in safety.jsonl --form messages --out chat.jsonl 2>/dev/null
+"$TBR" data --show 0 --in chat.jsonl --out back.jsonl 2>/dev/null
+"$TBR" data --show 0 --in safety.jsonl --out native.jsonl 2>/dev/null
 same back.jsonl native.jsonl 'examples there and back'
-"$TBR" data --in - --out stdin.jsonl <safety.jsonl 2>/dev/null
+"$TBR" data --show 0 --in - --out stdin.jsonl <safety.jsonl 2>/dev/null
 same stdin.jsonl native.jsonl 'examples from standard input'
 printf '{"prompt": "the end", "reflection": "a b", "response": "c"}\n' >one.jsonl
 for reflection in none safety; do # a b c </think> <think> <|eos|>: by letters

@@ -3,6 +3,7 @@
  * golden_tokenizer.py makes). TBR_REAL names that of real data. */
 #include "../tbr.c"
 #include "check.h"
+#include <sys/wait.h>
 
 static char folder[256], file_name[300];
 
@@ -25,6 +26,39 @@ static const char *put(const char *name, const void *bytes, size_t n) {
   FILE *f = fopen(in_folder(name), "wb"); /* write_file waits for the disk */
   if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) exit(2);
   return file_name;
+}
+
+/* All threads fail at once: one message, status 1. Before all that has threads,
+ * since it forks. */
+static void test_fail(void) {
+  int status = 0;
+  pid_t child;
+  fflush(stdout);
+  if (!(child = fork())) {
+    if (!freopen(in_folder("stderr"), "w", stderr)) exit(2);
+#pragma omp parallel for num_threads(8)
+    for (int i = 0; i < 64; i++) tbr_fail("at once");
+    exit(2);
+  }
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status));
+  EQUAL(WEXITSTATUS(status), 1);
+  char *said = read_file(in_folder("stderr"), NULL);
+  SAME(said, "tbr: at once\n");
+  free(said);
+}
+
+/* Until a file is complete its name is this process's own; a file that cannot
+ * be completed leaves nothing. */
+static void test_out(void) {
+  Out o = out_open(in_folder("out")), p = o;
+  char number[24];
+  snprintf(number, sizeof number, "%ld", (long)getpid());
+  CHECK(strstr(o.temp, number) && file_exists(o.temp) && !file_exists(o.path));
+  p.path = format_string("%s/no/such", folder);
+  p.temp = copy_string(o.temp);
+  FAILS(out_close(&p), "no/such: cannot be given its name");
+  CHECK(!file_exists(o.temp) && !file_exists(o.path));
+  free(o.temp), free(o.path), free(p.temp), free(p.path);
 }
 
 static Json *parse(const char *s) { return json_parse(s, strlen(s), "f", 1); }
@@ -118,21 +152,37 @@ static void test_json(void) {
   buf_free(&deep);
 }
 
-static Csv csv_of(const char *text) {
+static Json *csv_of(const char *text) {
   return csv_read(put("t.csv", text, strlen(text)));
 }
 
+/* A row of a table, and a cell of that. */
+static const Json *nth(const Json *list, size_t n) {
+  const Json *v = list->child;
+  while (n-- && v) v = v->next;
+  return v;
+}
+
 static void test_csv(void) {
-  Csv c = csv_of("\xef\xbb\xbf" "a,\"b\"\r\n\"x\r\ny\",\"q\"\"\"\n\n,\n\"\",2");
-  CHECK(c.rows == 4 && c.columns == 2 && csv_column(&c, "b") == 1);
-  CHECK(!strcmp(c.cell[0], "a") && csv_column(&c, "z") == SIZE_MAX);
-  CHECK(!strcmp(c.cell[2], "x\r\ny") && !strcmp(c.cell[3], "q\""));
-  CHECK(!*c.cell[4] && !*c.cell[5] && !*c.cell[6] && !strcmp(c.cell[7], "2"));
-  CHECK(c.line[1] == 2 && c.line[2] == 5 && c.line[3] == 6);
-  csv_free(&c);
+  Json *c = csv_of("\xef\xbb\xbf" "a,\"b\"\r\n\"x\r\ny\",\"q\"\"\"\n\n,\n\"\",2");
+  static const char *const cell[4][2] = {
+      {"a", "b"}, {"x\r\ny", "q\""}, {"", ""}, {"", "2"}};
+  static const size_t line[4] = {1, 2, 5, 6};
+  for (size_t i = 0; i < 4; i++) {
+    EQUAL(nth(c, i)->line, line[i]);
+    for (size_t j = 0; j < 2; j++) {
+      const Json *v = nth(nth(c, i), j);
+      SAME(v->string, cell[i][j]);
+      SAME(v->key, cell[0][j]);
+      CHECK((v->kind == JSON_NULL) == !*cell[i][j]);
+    }
+    CHECK(!nth(nth(c, i), 2) && !json_get(nth(c, i), "z"));
+  }
+  CHECK(!nth(c, 4));
+  json_free(c);
   c = csv_of("a,b\n1,");
-  CHECK(c.rows == 2 && !*c.cell[3]);
-  csv_free(&c);
+  CHECK(nth(c, 1) && !*nth(nth(c, 1), 1)->string && !nth(c, 2));
+  json_free(c);
   FAILS(csv_of(""), "is empty");
   FAILS(csv_of("a,b\n1\n"), "t.csv:2: 1 cells where the header has 2");
   FAILS(csv_of("a,b\n\n\"1\n2\",3,4"), "t.csv:3: 3 cells");
@@ -146,6 +196,9 @@ static void test_csv(void) {
   buf_char(&b, ',');
   csv_quote(&b, "a,\"b\"\n");
   CHECK(!strcmp(b.s, "plain,\"a,\"\"b\"\"\n\""));
+  buf_clear(&b);
+  csv_quote(&b, "\xff\xc3\xa9\xed\xa0"); /* as json_quote does */
+  SAME(b.s, "\xef\xbf\xbd\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd");
   buf_free(&b);
 }
 
@@ -168,21 +221,33 @@ static void test_safetensors(void) {
   static real x[5000], y[5000];
   Rng r = {1};
   for (size_t i = 0; i < 5000; i++) x[i] = (real)(float)rng_normal(&r);
-  const StOut out[] = {{"one", {50, 100}, 2, x}, {"none", {0, 3}, 2, x},
-                       {"sca\"lar", {0}, 0, x + 3}, {"two", {7}, 1, x + 9}};
-  const char *const meta[][2] = {{"format", "pt"}, {"n", "\n"}};
+  const TbrTensor out[] = {{"one", 40, 100, 0}, {"none", 0, 3, 0},
+                           {"two", 1, 7, 9}};
+  const Block block[] = {{"", x}, {"b.", x + 900}};
   in_folder("t.safetensors");
-  st_write(file_name, meta, 2, out, 4);
+  st_write(file_name, "{\"format\": \"pt\"}", out, 3, block, 2);
   SafeTensors *st = st_open(file_name);
-  CHECK(st->n == 4 && st->data_at % 8 == 0 && !st_find(st, "three"));
-  CHECK(!strcmp(st_metadata(st, "format"), "pt") && !st_metadata(st, "x"));
-  for (size_t i = 0; i < 4; i++) {
-    const StEntry *e = st_find(st, out[i].name);
-    CHECK(e && e->n_dim == out[i].n_dim && e->type == F32);
+  CHECK(st->n == 6 && st->data_at % 8 == 0 && !st_find(st, "three"));
+  CHECK(!strcmp(json_string(json_get(st->header, "__metadata__"), "format",
+                            ""), "pt"));
+  for (size_t i = 0; i < 6; i++) {
+    char name[20];
+    const TbrTensor *t = &out[i % 3];
+    snprintf(name, sizeof name, "%s%s", block[i / 3].prefix, t->name);
+    const StEntry *e = st_find(st, name);
+    CHECK(e && e->rows == t->rows && e->columns == t->columns &&
+          e->type == F32);
     st_read(st, e, y);
-    CHECK(!memcmp(y, out[i].data, e->count * sizeof *y));
+    CHECK(!memcmp(y, block[i / 3].at + t->at,
+                  t->rows * t->columns * sizeof *y));
   }
   st_close(st);
+  st = st_of("{\"sca\\\"lar\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets"
+             "\":[0,4]}}", 4);
+  st_read(st, st_find(st, "sca\"lar"), y);
+  CHECK(y[0] == 0);
+  st_close(st);
+  st_write(in_folder("t.safetensors"), "{}", out, 3, block, 2);
   size_t n;
   char *bytes = read_file(file_name, &n);
   for (volatile size_t cut = 0; cut < n; cut += cut < 600 ? 1 : 997)
@@ -216,9 +281,9 @@ static void test_safetensors(void) {
   FAILS(st_of(T("[2]", "[0,8]"), 7), "truncated?");
   FAILS(st_of(T("[2]", "[0,8]"), 9), "9 are there");
   FAILS(st_of(T("[2]", "[4,12]"), 12), "begins at 4");
-  FAILS(st_of("{\"a\":{\"dtype\":\"U8\",\"shape\":[8],\"data_offsets\":[0,8]},"
-              "\"b\":{\"dtype\":\"U8\",\"shape\":[8],\"data_offsets\":[4,12]}}",
-              12), "the one before ends at 8");
+  FAILS(st_of("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
+              "\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}"
+              "}", 12), "the one before ends at 8");
   FAILS(st_of(T("[2]", "[0,4]"), 8), "needs 8 bytes");
   FAILS(st_of(T("[2]", "[8,0]"), 8), "needs 8 bytes");
   FAILS(st_of(T("[2]", "[0]"), 8), "should have");
@@ -227,19 +292,17 @@ static void test_safetensors(void) {
   FAILS(st_of(T("[0.5]", "[0,2]"), 2), "whole numbers");
   FAILS(st_of(T("[1e300]", "[0,8]"), 8), "whole numbers");
   FAILS(st_of(T("[4294967296,4294967296]", "[0,0]"), 0), "needs 7378");
-  FAILS(st_of(T("[1,1,1,1,1]", "[0,4]"), 4), "up to 4 whole");
-  FAILS(st_of("{\"a\":{\"dtype\":\"F99\"}}", 0), "unknown dtype");
+  FAILS(st_of(T("[1,1,1]", "[0,4]"), 4), "up to 2 whole");
+  FAILS(st_of("{\"a\":{\"dtype\":\"F99\"}}", 0), "has dtype \"F99\"; F32");
   FAILS(st_of("{\"a\":{\"dtype\":\"FOO16\",\"shape\":[1],\"data_offsets\":"
-              "[0,2]}}", 2), "unknown dtype \"FOO16\"");
-  FAILS(st_of("{\"a\":3}", 0), "unknown dtype");
+              "[0,2]}}", 2), "has dtype \"FOO16\"");
+  FAILS(st_of("{\"a\":3}", 0), "has dtype \"\"");
   FAILS(st_of("[]", 0), "should be a JSON object");
   FAILS(st_of("{\"a\"", 0), "t.safetensors:1:5");
   FAILS(st_open(put("t.safetensors", "\377\377\377\377\377\377\377\377{}", 10)),
         "its header should be");
-  st = st_of("{\"i\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}",
-             8);
-  FAILS(st_read(st, st_find(st, "i"), y), "is I64");
-  st_close(st);
+  FAILS(st_of("{\"i\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}",
+              8), "has dtype \"I64\"");
 }
 
 /* Encoding, then decoding, must change nothing; returns how many tokens. */
@@ -317,9 +380,14 @@ static void test_byte_level(void) {
   FAILS(tbr_token(t, -1, NULL), "does not exist");
   FAILS(tbr_tokenizer_add_special(t, "<think>"), "already");
   FAILS(tbr_tokenizer_train("", 0, 261), "at least 262");
-  TbrTokenizer *empty = tbr_tokenizer_train("", 0, 300);
+  FAILS(tbr_tokenizer_train("", 0, 300), "no text to learn");
+  TbrTokenizer *empty = tbr_tokenizer_train("a", 1, 300);
   CHECK(tbr_tokenizer_vocab(empty) == 262);
   round_trip(empty, text, strlen(text));
+  const int32_t beyond[] = {262, 6 + 'a', 300}; /* of a model that has more */
+  char *letter = tbr_decode(empty, beyond, 3, NULL);
+  SAME(letter, "a");
+  free(letter);
   tbr_tokenizer_free(empty);
   round_trips(t);
   tbr_tokenizer_add_special(t, "<|more|>");
@@ -434,6 +502,22 @@ static void test_pieces(void) {
   round_trips(u);
   tbr_tokenizer_free(u);
   tbr_tokenizer_free(t);
+  Buf ties = {0}; /* yx and xy have the same score, there and back */
+  buf_add(&ties, b.s, b.n);
+  for (size_t i = 0; i < 4; i++)
+    bin_token(&ties, i < 2 ? 0 : -20, i == 2 ? "yx" : i == 3 ? "xy"
+              : i ? "y" : "x", i < 2 ? 1 : 2);
+  t = tbr_tokenizer_load(put("ties.bin", ties.s, ties.n), 0);
+  tbr_tokenizer_save(t, where);
+  u = tbr_tokenizer_load(where, 0);
+  for (size_t k = 0; k < 2; k++) {
+    n = tbr_encode(k ? u : t, "xyx", 3, &ids);
+    CHECK(n == 3 && ids[1] == 274 && ids[2] == 276); /* _ x yx */
+    free(ids);
+  }
+  tbr_tokenizer_free(t);
+  tbr_tokenizer_free(u);
+  buf_free(&ties);
   in_folder("t.bin");
   FAILS(tbr_tokenizer_load(file_name, 275), "in token 274 at byte");
   FAILS(tbr_tokenizer_load(file_name, 273), "more tokens than the 273");
@@ -511,6 +595,8 @@ static void test_golden(const char *where, const char *real_files) {
 
 int main(int argc, char **argv) {
   snprintf(folder, sizeof folder, "%s", check_folder(argc, argv));
+  test_fail();
+  test_out();
   test_json();
   test_csv();
   test_safetensors();
