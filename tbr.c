@@ -2448,6 +2448,9 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
               "1", kind->at[1]);
     Row item = {.path = kind->path, .line = kind->line};
     for (size_t i = 0; i < r->n; i++) row_add(&item, r->at[i]);
+    row_add(&item, "=label");
+    row_add(&item, *harm == '1' ? "harmful" : strcmp(type, "general")
+                                ? "pseudo-harmful" : "harmless");
     section_add(&w->items, item);
     return;
   }
@@ -2574,8 +2577,10 @@ static void tidy(char *s) {
 }
 
 /* The text of a say that the program asks for, which should not be empty;
- * one that is a fix stays what it was. */
-static char *render(World *w, const char *name) {
+ * one that is a fix stays what it was. NULL if the world may do without it,
+ * and does. */
+static char *render(World *w, const char *name, int may) {
+  if (may && !find(w, SAY, name, strlen(name))) return NULL;
   Section *say = needed(w, SAY, name);
   Buf b = {0};
   buf_str(&b, "");
@@ -2606,39 +2611,27 @@ static void use_item(World *w, size_t item) {
 
 /* ---- rows -------------------------------------------------------------- */
 
-/* The label of an item. */
-static const char *class_of(const Row *item) {
-  if (!strcmp(field(item, "harm", 4), "1")) return "harmful";
-  return strcmp(field(item, "type", 4), "general") ? "pseudo-harmful"
-                                                : "harmless";
-}
-
-/* The same, NULL if the world doesn't have it. */
-static char *render_any(World *w, const char *name) {
-  return find(w, SAY, name, strlen(name)) ? render(w, name) : NULL;
-}
-
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
 static TbrExample make_row(World *w, size_t item, int test) {
   TbrExample e = {0};
   use_item(w, item);
-  e.label = copy_string(class_of(&w->fields));
+  e.label = copy_string(field(&w->fields, "=label", 6));
   int harmful = !strcmp(e.label, "harmful");
-  e.prompt = render(w, "prompt");
-  e.reflection = render(w, "reflect");
-  e.response = render(w, harmful ? "refuse" : "answer");
-  e.filler = render(w, "filler");
-  e.label_only = render(w, "label");
-  e.reworded = render_any(w, "reworded");
-  e.wrong = render_any(w, "wrong");
-  e.asked = render_any(w, test ? "asked.test" : "asked");
-  e.lead = render_any(w, "lead");
+  e.prompt = render(w, "prompt", 0);
+  e.reflection = render(w, "reflect", 0);
+  e.response = render(w, harmful ? "refuse" : "answer", 0);
+  e.filler = render(w, "filler", 0);
+  e.label_only = render(w, "label", 0);
+  e.reworded = render(w, "reworded", 1);
+  e.wrong = render(w, "wrong", 1);
+  e.asked = render(w, test ? "asked.test" : "asked", 1);
+  e.lead = render(w, "lead", 1);
   e.type = copy_string(field(&w->fields, "type", 4));
   e.source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
   e.id = format_string("%s-%zu", w->fields.at[1], item);
   if (harmful) return e;
-  e.key = render(w, "key");
+  e.key = render(w, "key", 0);
   if (!strstr(e.response, e.key + 1)) /* but for its first letter's case */
     fail_at(&needed(w, SAY, "key")->head, "the answer \"%.80s\" should "
             "contain its key \"%.80s\"; what is drawn in both should be a "
@@ -2651,15 +2644,13 @@ static TbrExample make_row(World *w, size_t item, int test) {
 static void try_items(World *w) {
   const Section *end = w->section + w->n, *s;
   for (size_t i = 0; i < w->items.n; i++) {
-    for (int test = 0; test < 2; test++) {
-      TbrExample e = make_row(w, i, test);
-      example_free(&e);
-    }
-    free(render(w, "ask"));
+    TbrExample e = make_row(w, i, 0);
+    example_free(&e);
+    free(render(w, "asked.test", 1)), free(render(w, "ask", 0));
     for (s = w->section; s < end; s++)
       for (size_t l = 0; s->is == MIX && l < s->n; l++)
         if (holds(&w->items.row[i], s->row[l].at[1]))
-          free(render(w, s->row[l].at[2]));
+          free(render(w, s->row[l].at[2], 0));
   }
   for (s = w->section; s < end; s++)
     for (size_t l = 0; s->head.used && l < s->n; l++)
@@ -2668,27 +2659,17 @@ static void try_items(World *w) {
                 "column or a value in it misspelled?");
 }
 
-static void section_free(Section *s) {
-  for (size_t i = 0; i < s->n; i++) {
-    free(s->row[i].text);
-    free((void *)s->row[i].at);
-  }
-  free(s->row);
-  free(s->head.text);
-  free((void *)s->head.at);
-}
-
 static void world_free(World *w) {
-  for (size_t i = 0; i < w->n; i++) section_free(&w->section[i]);
-  section_free(&w->items);
-  buf_free(&w->documents);
-  buf_free(&w->tuning);
+  for (size_t i = 0; i <= w->n; i++) {
+    Section *s = i < w->n ? &w->section[i] : &w->items;
+    for (size_t l = 0; l < s->n; l++)
+      free(s->row[l].text), free((void *)s->row[l].at);
+    free(s->row), free(s->head.text), free((void *)s->head.at);
+  }
   item_clear(w);
-  free((void *)w->fields.at);
-  for (size_t i = 0; i < 2; i++) free(w->path[i]);
-  free(w->section);
-  free(w->mark);
-  free(w);
+  buf_free(&w->documents), buf_free(&w->tuning);
+  free((void *)w->fields.at), free(w->path[0]), free(w->path[1]);
+  free(w->section), free(w->mark), free(w);
 }
 
 /* Reads a world from its directory and checks all of it. */
@@ -2814,7 +2795,7 @@ static void make_documents(World *w, const char *name, size_t n) {
     size_t item = draw_item(w, &d, line);
     use_item(w, item);
     w->mark[item] |= PRETRAINED;
-    char *document = render(w, line->at[2]);
+    char *document = render(w, line->at[2], 0);
     buf_printf(&w->documents, "%s\n", document);
     free(document);
   }
@@ -2876,7 +2857,7 @@ static void make_rows(World *w, const char *name, const char *class, size_t n,
       continue;
     }
     examples_take(rows, e);
-    char *ask = render(w, "ask");
+    char *ask = render(w, "ask", 0);
     if (test) check_leaks(w, item, &e, ask);
     else buf_printf(&w->tuning, "%s\n%s\n", e.prompt, e.reflection);
     if (!test) w->mark[item] |= TUNED;

@@ -317,7 +317,7 @@ static void test_world(void) {
   CHECK(w->items.n == 28); /* (2 + 3) verbs x 4 people, 2 verbs x 4 weeds */
   size_t harmful = 0;
   for (size_t i = 0; i < w->items.n; i++)
-    harmful += !strcmp(class_of(&w->items.row[i]), "harmful");
+    harmful += !strcmp(field(&w->items.row[i], "=label", 6), "harmful");
   CHECK(harmful == 8);
   w->seed = 5;
   split_items(w);
@@ -361,7 +361,7 @@ static void test_world(void) {
     for (volatile size_t i = 0; i < w->items.n; i++) {
       const char *e1 = field(&w->items.row[i], "e", 1);
       const char *e2 = field(&w->items.row[item], "e", 1);
-      if (i == item || strcmp(class_of(&w->items.row[i]), "harmful") ||
+      if (i == item || strcmp(field(&w->items.row[i], "=label", 6), "harmful") ||
           strcmp(e->label, "harmful") || strcmp(e1, e2))
         continue;
       unsigned char other = w->mark[i];
