@@ -2195,7 +2195,7 @@ typedef struct {
   size_t weight, first, items; /* of a kind, and where its items are */
 } Section;
 
-enum { TABLE, SAY, MIX, ITEM, FIX, NOVEL, HOLD, STATEMENTS };
+enum { TABLE, SAY, MIX, RULE, ITEM, FIX, STATEMENTS };
 static const struct {
   const char *word, *form;
   size_t words, cells; /* at its head, or at least; of each row */
@@ -2203,10 +2203,9 @@ static const struct {
     {"@table", "@table NAME COLUMN ..., then as many cells a row", 3, 0},
     {"@say", "@say NAME, then guard | text", 2, 2},
     {"@mix", "@mix NAME, then weight | guard | say", 2, 3},
+    {"@rule", "@rule NAME, then percent | guard | fields", 2, 3},
     {"@item", "@item KIND WEIGHT = TABLE ...", 5, 0},
-    {"@fix", "@fix SAY ...", 2, 0},
-    {"@novel", "@novel PERCENT | guard | fields", 2, 2},
-    {"@hold", "@hold PERCENT | guard | fields", 2, 2}};
+    {"@fix", "@fix SAY ...", 2, 0}};
 
 /* What is known of an item: its rules, and where it was drawn. */
 enum { IS_NOVEL = 1, IS_HELD = 2, PRETRAINED = 4, TUNED = 8 };
@@ -2222,7 +2221,7 @@ typedef struct {
 typedef struct {
   char *path[2];
   Section *section;
-  size_t n, cap, rows, kinds; /* rows read; the sum of the kinds' weights */
+  size_t n, cap, kinds; /* the sum of the kinds' weights */
   Section items;
   unsigned char *mark;   /* of each item */
   Buf documents, tuning; /* what was made for training, for the checks */
@@ -2299,6 +2298,9 @@ static void row_add(Row *r, const char *s) {
 }
 
 static void section_add(Section *s, Row r) {
+  if (s->n == MOST_ROWS)
+    fail_at(&r, "more than %d rows or items; do the tables of an @item have a "
+            "column in common?", MOST_ROWS);
   s->row = mem_grow(s->row, &s->cap, s->n + 1, sizeof r);
   s->row[s->n++] = r;
 }
@@ -2337,7 +2339,6 @@ static void read_row(World *w, Row at, const char *text) {
   if (at.n != (s->is == TABLE ? s->head.n - 2 : statement[s->is].cells))
     fail_at(&at, "%zu cells don't fit to %s %s; this should be %s", at.n,
             s->head.at[0], s->head.at[1], statement[s->is].form);
-  if (++w->rows > MOST_ROWS) fail_at(&at, "more than %d rows", MOST_ROWS);
   for (size_t c = 0; s->is == TABLE && c < at.n; c++) {
     if (!*at.at[c])
       fail_at(&at, "nothing in a cell; an empty one is written -");
@@ -2349,26 +2350,22 @@ static void read_row(World *w, Row at, const char *text) {
 /* Reads a line that begins with @. */
 static void read_statement(World *w, Row at, char *text) {
   Section s = {.head = at};
-  char *row = strchr(text, '|');
-  if (row) *row++ = 0;
   s.head.text = copy_string(text);
   split(&s.head, s.head.text, ' ');
   while (s.is < STATEMENTS && strcmp(s.head.at[0], statement[s.is].word))
     s.is++;
   if (s.is == STATEMENTS)
-    fail_at(&at, "%s is unknown; known are @table, @item, @fix, @say, @mix, "
-            "@novel, @hold", s.head.at[0]);
+    fail_at(&at, "%s is unknown; known are @table, @say, @mix, @rule, @item, "
+            "@fix", s.head.at[0]);
   size_t words = statement[s.is].words;
   if (s.head.n < words || (statement[s.is].cells && s.head.n > words) ||
-      (row != NULL) != (s.is >= NOVEL) ||
       (s.is == ITEM && strcmp(s.head.at[3], "=")))
     fail_at(&at, "this should be %s", statement[s.is].form);
   const char *name = s.head.at[1];
-  if (s.is <= ITEM && find(w, s.is, name, strlen(name)))
+  if (s.is != FIX && find(w, s.is, name, strlen(name)))
     fail_at(&at, "%s %s is there twice", s.head.at[0], name);
   w->section = mem_grow(w->section, &w->cap, w->n + 1, sizeof s);
   w->section[w->n++] = s;
-  if (row) read_row(w, at, row);
 }
 
 /* Reads one of the two files. */
@@ -2385,8 +2382,8 @@ static void read_world_file(World *w, const char *path) {
     line = trim(line);
     if (!*line || *line == '#') continue;
     if (*line == '@') read_statement(w, at, line);
-    else if (w->n && w->section[w->n - 1].is <= MIX) read_row(w, at, line);
-    else fail_at(&at, "a row outside of @table, @say and @mix");
+    else if (w->n && w->section[w->n - 1].is < ITEM) read_row(w, at, line);
+    else fail_at(&at, "a row outside of @table, @say, @mix and @rule");
   }
   free(text);
 }
@@ -2411,6 +2408,9 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
               "1", kind->at[1]);
     Row item = {.path = kind->path, .line = kind->line};
     for (size_t i = 0; i < r->n; i++) row_add(&item, r->at[i]);
+    row_add(&item, "=label");
+    row_add(&item, *harm == '1' ? "harmful" : strcmp(type, "general")
+                                ? "pseudo-harmful" : "harmless");
     section_add(&w->items, item);
     return;
   }
@@ -2419,9 +2419,6 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
   for (size_t i = 0; i < table->n; i++) {
     const Row *row = &table->row[i];
     size_t c = 0, n = r->n;
-    if (w->items.n > MOST_ROWS)
-      fail_at(kind, "more than %d items; do the tables have a column in "
-              "common?", MOST_ROWS);
     for (; c < row->n; c++) {
       const char *name = table->head.at[c + 2];
       const char *have = field(r, name, strlen(name));
@@ -2540,8 +2537,10 @@ static void tidy(char *s) {
 }
 
 /* The text of a say that the program asks for, which should not be empty;
- * one that is a fix stays what it was. */
-static char *render(World *w, const char *name) {
+ * one that is a fix stays what it was. NULL if the world may do without it,
+ * and does. */
+static char *render(World *w, const char *name, int may) {
+  if (may && !find(w, SAY, name, strlen(name))) return NULL;
   Section *say = needed(w, SAY, name);
   Buf b = {0};
   buf_str(&b, "");
@@ -2572,39 +2571,27 @@ static void use_item(World *w, size_t item) {
 
 /* ---- rows -------------------------------------------------------------- */
 
-/* The label of an item. */
-static const char *class_of(const Row *item) {
-  if (!strcmp(field(item, "harm", 4), "1")) return "harmful";
-  return strcmp(field(item, "type", 4), "general") ? "pseudo-harmful"
-                                                : "harmless";
-}
-
-/* The same, NULL if the world doesn't have it. */
-static char *render_any(World *w, const char *name) {
-  return find(w, SAY, name, strlen(name)) ? render(w, name) : NULL;
-}
-
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
 static TbrExample make_row(World *w, size_t item, int test) {
   TbrExample e = {0};
   use_item(w, item);
-  e.label = copy_string(class_of(&w->fields));
+  e.label = copy_string(field(&w->fields, "=label", 6));
   int harmful = !strcmp(e.label, "harmful");
-  e.prompt = render(w, "prompt");
-  e.reflection = render(w, "reflect");
-  e.response = render(w, harmful ? "refuse" : "answer");
-  e.filler = render(w, "filler");
-  e.label_only = render(w, "label");
-  e.reworded = render_any(w, "reworded");
-  e.wrong = render_any(w, "wrong");
-  e.asked = render_any(w, test ? "asked.test" : "asked");
-  e.lead = render_any(w, "lead");
+  e.prompt = render(w, "prompt", 0);
+  e.reflection = render(w, "reflect", 0);
+  e.response = render(w, harmful ? "refuse" : "answer", 0);
+  e.filler = render(w, "filler", 0);
+  e.label_only = render(w, "label", 0);
+  e.reworded = render(w, "reworded", 1);
+  e.wrong = render(w, "wrong", 1);
+  e.asked = render(w, test ? "asked.test" : "asked", 1);
+  e.lead = render(w, "lead", 1);
   e.type = copy_string(field(&w->fields, "type", 4));
   e.source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
   e.id = format_string("%s-%zu", w->fields.at[1], item);
   if (harmful) return e;
-  e.key = render(w, "key");
+  e.key = render(w, "key", 0);
   if (!strstr(e.response, e.key + 1)) /* but for its first letter's case */
     fail_at(&needed(w, SAY, "key")->head, "the answer \"%.80s\" should "
             "contain its key \"%.80s\"; what is drawn in both should be a "
@@ -2617,15 +2604,13 @@ static TbrExample make_row(World *w, size_t item, int test) {
 static void try_items(World *w) {
   const Section *end = w->section + w->n, *s;
   for (size_t i = 0; i < w->items.n; i++) {
-    for (int test = 0; test < 2; test++) {
-      TbrExample e = make_row(w, i, test);
-      example_free(&e);
-    }
-    free(render(w, "ask"));
+    TbrExample e = make_row(w, i, 0);
+    example_free(&e);
+    free(render(w, "asked.test", 1)), free(render(w, "ask", 0));
     for (s = w->section; s < end; s++)
       for (size_t l = 0; s->is == MIX && l < s->n; l++)
         if (holds(&w->items.row[i], s->row[l].at[1]))
-          free(render(w, s->row[l].at[2]));
+          free(render(w, s->row[l].at[2], 0));
   }
   for (s = w->section; s < end; s++)
     for (size_t l = 0; s->head.used && l < s->n; l++)
@@ -2634,27 +2619,17 @@ static void try_items(World *w) {
                 "column or a value in it misspelled?");
 }
 
-static void section_free(Section *s) {
-  for (size_t i = 0; i < s->n; i++) {
-    free(s->row[i].text);
-    free((void *)s->row[i].at);
-  }
-  free(s->row);
-  free(s->head.text);
-  free((void *)s->head.at);
-}
-
 static void world_free(World *w) {
-  for (size_t i = 0; i < w->n; i++) section_free(&w->section[i]);
-  section_free(&w->items);
-  buf_free(&w->documents);
-  buf_free(&w->tuning);
+  for (size_t i = 0; i <= w->n; i++) {
+    Section *s = i < w->n ? &w->section[i] : &w->items;
+    for (size_t l = 0; l < s->n; l++)
+      free(s->row[l].text), free((void *)s->row[l].at);
+    free(s->row), free(s->head.text), free((void *)s->head.at);
+  }
   item_clear(w);
-  free((void *)w->fields.at);
-  for (size_t i = 0; i < 2; i++) free(w->path[i]);
-  free(w->section);
-  free(w->mark);
-  free(w);
+  buf_free(&w->documents), buf_free(&w->tuning);
+  free((void *)w->fields.at), free(w->path[0]), free(w->path[1]);
+  free(w->section), free(w->mark), free(w);
 }
 
 /* Reads a world from its directory and checks all of it. */
@@ -2687,12 +2662,12 @@ static World *world_load(const char *directory) {
 
 /* ---- the data set ------------------------------------------------------ */
 
-/* What an item is under a rule: a hash of the fields that the rule names (of
- * the item's number for *), or 0 if the guard doesn't hold. */
+/* What an item is under a rule (percent | guard | fields): a hash of these
+ * fields (of the item's number for *), or 0 if the guard doesn't hold. */
 static uint64_t combination(const World *w, const Row *rule, size_t item) {
   uint64_t hash = HASH_START;
-  if (!holds(&w->items.row[item], rule->at[0])) return 0;
-  const char *f = rule->at[1];
+  if (!holds(&w->items.row[item], rule->at[1])) return 0;
+  const char *f = rule->at[2];
   for (size_t n; *f; f += n, f += strspn(f, " ")) {
     n = strcspn(f, " ");
     const char *v = field(&w->items.row[item], f, n);
@@ -2703,32 +2678,33 @@ static uint64_t combination(const World *w, const Row *rule, size_t item) {
   return hash;
 }
 
-/* Marks the items of the share of combinations that a rule draws. */
-static void apply_rule(World *w, const Section *rule) {
+/* Gives the share of combinations that a line of a rule draws a mark. */
+static void apply_rule(World *w, const Row *rule, unsigned char mark) {
   uint64_t *key = mem_raw(w->items.n, sizeof *key);
   size_t *first = mem_raw(w->items.n, sizeof *first); /* of a combination */
   size_t *order = mem_raw(w->items.n, sizeof *order), n = 0, k;
   for (size_t i = 0; i < w->items.n; i++) {
-    key[i] = combination(w, rule->row, i);
+    key[i] = combination(w, rule, i);
     for (k = 0; k < n && key[first[k]] != key[i];) k++;
     if (key[i] && k == n) first[n++] = i;
   }
-  if (!n) fail_at(rule->row, "this guard holds for no item");
+  if (!n) fail_at(rule, "this guard holds for no item");
   shuffle(order, n, &w->rng);
-  size_t share = (n * weight(rule->row, rule->head.at[1]) + 50) / 100;
+  size_t share = (n * weight(rule, rule->at[0]) + 50) / 100;
   for (k = 0; k < share; k++)
     for (size_t i = 0; i < w->items.n; i++)
-      if (key[i] == key[first[order[k]]])
-        w->mark[i] |= rule->is == NOVEL ? IS_NOVEL : IS_HELD;
+      if (key[i] == key[first[order[k]]]) w->mark[i] |= mark;
   free(order), free(first), free(key);
 }
 
 /* Draws what is novel and what is held. */
 static void split_items(World *w) {
+  const Section *novel = needed(w, RULE, "novel");
+  const Section *held = needed(w, RULE, "held");
   w->rng = rng_stream(w->seed, FOR_WORLD, 0);
   memset(w->mark, 0, w->items.n);
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->is >= NOVEL) apply_rule(w, s);
+  for (size_t l = 0; l < novel->n; l++) apply_rule(w, &novel->row[l], IS_NOVEL);
+  for (size_t l = 0; l < held->n; l++) apply_rule(w, &held->row[l], IS_HELD);
 }
 
 /* Whether an item may be drawn for a line of a mix. */
@@ -2779,21 +2755,22 @@ static void make_documents(World *w, const char *name, size_t n) {
     size_t item = draw_item(w, &d, line);
     use_item(w, item);
     w->mark[item] |= PRETRAINED;
-    char *document = render(w, line->at[2]);
+    char *document = render(w, line->at[2], 0);
     buf_printf(&w->documents, "%s\n", document);
     free(document);
   }
 }
 
-/* Whether a rule of this sort holds an item apart from all that are marked:
- * none of those is the same combination. */
-static int is_apart(const World *w, int sort, size_t item, int marked) {
-  for (const Section *s = w->section; s < w->section + w->n; s++) {
-    if (s->is != sort) continue;
-    uint64_t own = combination(w, s->row, item);
+/* Whether a line of a rule holds an item apart from all that are marked: none
+ * of those is the same combination. */
+static int is_apart(const World *w, const char *rule, size_t item,
+                    int marked) {
+  const Section *s = needed(w, RULE, rule);
+  for (const Row *line = s->row; line < s->row + s->n; line++) {
+    uint64_t own = combination(w, line, item);
     size_t i = 0;
     while (own && i < w->items.n &&
-           !(w->mark[i] & marked && combination(w, s->row, i) == own))
+           !(w->mark[i] & marked && combination(w, line, i) == own))
       i++;
     if (own && i == w->items.n) return 1;
   }
@@ -2808,9 +2785,9 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
   int novel = w->mark[item] & IS_NOVEL;
   if (w->mark[item] & TUNED || strstr(w->tuning.s, e->prompt) ||
       strstr(w->tuning.s, ask) ||
-      (strcmp(e->label, "pseudo-harmful") && !is_apart(w, HOLD, item, TUNED)))
+      (strcmp(e->label, "pseudo-harmful") && !is_apart(w, "held", item, TUNED)))
     tbr_fail("leak: the test \"%s\" is in fine-tuning", e->prompt);
-  if ((novel && !is_apart(w, NOVEL, item, PRETRAINED)) ||
+  if ((novel && !is_apart(w, "novel", item, PRETRAINED)) ||
       (novel && strstr(w->documents.s, ask)) ||
       (strcmp(e->label, "harmless") && strstr(w->documents.s, e->prompt)))
     tbr_fail("leak: the test \"%s\" is in pretraining", e->prompt);
@@ -2840,7 +2817,7 @@ static void make_rows(World *w, const char *name, const char *class, size_t n,
       continue;
     }
     examples_take(rows, e);
-    char *ask = render(w, "ask");
+    char *ask = render(w, "ask", 0);
     if (test) check_leaks(w, item, &e, ask);
     else buf_printf(&w->tuning, "%s\n%s\n", e.prompt, e.reflection);
     if (!test) w->mark[item] |= TUNED;
@@ -4781,9 +4758,9 @@ static const TbrOptions default_options = {
     .reflection = "safety", .style = "own", .too_long = "drop", .arm = "",
     .mix = "pretrain", .of = "", .by = "model", .baseline = "sft", .grid = "",
     .file = "",
-    .sizes = {66000, 1500, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
+    .sizes = {60000, 900, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
     .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
-    .hidden = 256, .context = 256, .pretrain_steps = 3000,
+    .hidden = 256, .context = 256, .pretrain_steps = 2500,
     .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
     .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
     .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,

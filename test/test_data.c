@@ -178,9 +178,11 @@ static const char templates[] =
     "!harm=1 | Harmless.\n"
     "@say d\n"
     "| {nature} {a other}.\n"
-    "@novel 30 | act !harm !type=general | v e\n"
-    "@hold 50 | harm | e\n"
-    "@hold 25 | type=general | *\n"
+    "@rule novel\n"
+    "30 | act !harm !type=general | v e\n"
+    "@rule held\n"
+    "50 | harm | e\n"
+    "25 | type=general | *\n"
     "@mix pretrain\n"
     "3 | act | d\n"
     "@mix general\n"
@@ -273,9 +275,8 @@ static void test_world_errors(void) {
   BAD("should be @mix NAME, then weight | guard | say", "3 | act | d",
       "3 | d");
   BAD("there is no @say dd", "3 | act | d", "3 | act | dd");
-  BAD("this should be @novel PERCENT", "@novel 30 | act !harm !type=general "
-      "| v e", "@novel 30");
-  BAD("templates.txt:33: 1 cells", "type=general | v e", "type=general");
+  BAD("this should be @rule NAME", "@rule novel\n", "@rule\n");
+  BAD("templates.txt:34: 2 cells", "type=general | v e", "type=general");
   BAD("@say answer is empty for an item of kind act", "how | To",
       "harm | To");
   BAD("should contain its key", "| {how}\n", "| smiles\n");
@@ -316,7 +317,7 @@ static void test_world(void) {
   CHECK(w->items.n == 28); /* (2 + 3) verbs x 4 people, 2 verbs x 4 weeds */
   size_t harmful = 0;
   for (size_t i = 0; i < w->items.n; i++)
-    harmful += !strcmp(class_of(&w->items.row[i]), "harmful");
+    harmful += !strcmp(field(&w->items.row[i], "=label", 6), "harmful");
   CHECK(harmful == 8);
   w->seed = 5;
   split_items(w);
@@ -360,7 +361,7 @@ static void test_world(void) {
     for (volatile size_t i = 0; i < w->items.n; i++) {
       const char *e1 = field(&w->items.row[i], "e", 1);
       const char *e2 = field(&w->items.row[item], "e", 1);
-      if (i == item || strcmp(class_of(&w->items.row[i]), "harmful") ||
+      if (i == item || strcmp(field(&w->items.row[i], "=label", 6), "harmful") ||
           strcmp(e->label, "harmful") || strcmp(e1, e2))
         continue;
       unsigned char other = w->mark[i];
@@ -458,20 +459,21 @@ static void test_making(void) {
               "| how do I {v} {class} ?");
   SAYS("", make_small(7));
   CHECK(strstr(message, "leak") || strstr(message, "different prompts"));
-  small_world("@hold 50 | harm | e\n", "");
-  SAYS("templates.txt:40: no item is left", make_small(7));
-  small_world("@hold 50 | harm", "@hold 100 | harm");
+  small_world("50 | harm | e\n", "");
+  SAYS("templates.txt:42: no item is left", make_small(7));
+  small_world("50 | harm", "100 | harm");
   SAYS("no item is left", make_small(7));
   UNMADE("a harmful item; in @mix general all should be harmless",
          "1 | type=general | p", "1 | harm | p");
   UNMADE("should be a whole number", "3 | act | d", "-3 | act | d");
   UNMADE("should be a whole number", "act 1 =", "act x =");
   UNMADE("all weights are 0", "3 | act | d", "0 | act | d");
-  UNMADE("whole number up to 100", "@novel 30", "@novel 300");
-  UNMADE("templates.txt:33: this guard holds for no item",
+  UNMADE("whole number up to 100", "30 | act", "300 | act");
+  UNMADE("templates.txt:34: this guard holds for no item",
          "!harm !type=general", "!harm !harm=0");
-  UNMADE("templates.txt:33: an item of this guard has no ee", "| v e\n@hold",
-         "| v ee\n@hold");
+  UNMADE("templates.txt:34: an item of this guard has no ee", "| v e\n@rule",
+         "| v ee\n@rule");
+  UNMADE("there is no @rule held", "@rule held", "@rule hold");
 }
 
 /* Mutated and truncated worlds fail with a message or are made. */
