@@ -1,4 +1,4 @@
-# tbr: `make` builds, `make test` tests, `make bench` measures.
+# tbr: `make` builds, `make test` tests, `make bench` measures. For GNU make.
 #
 # Flags that the compiler doesn't know are left out by themselves, so a bare
 # C compiler is enough: make CC=clang, make CC=tcc, make CC=arm-...-gcc.
@@ -8,23 +8,34 @@ CC = cc
 ARCH = -march=native
 WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes
 
-# $(call takes,FLAGS) is FLAGS if the compiler takes them, else nothing.
+# $(call takes,FLAGS) is FLAGS if the compiler and the linker take them, else
+# nothing; it tries them together with a second argument.
 takes = $(shell echo 'int main(void){return 0;}' > .probe.c; \
-  $(CC) -Werror $(1) .probe.c -o .probe.out >/dev/null 2>&1 && echo '$(1)'; \
+  $(CC) -Werror $(1) $(2) .probe.c -o .probe.out >/dev/null 2>&1 && \
+  echo '$(1)'; \
   rm -f .probe.c .probe.out)
 
 # Exactness: no contraction of a*b+c, no excess precision (see README).
 EXACT := $(call takes,-ffp-contract=off) $(call takes,-fno-math-errno) \
   $(call takes,-fexcess-precision=fast)
 FAST := $(call takes,-O3) $(if $(ARCH),$(call takes,$(ARCH)))
-OPENMP := $(or $(call takes,-fopenmp),$(call takes,-fopenmp-simd))
+OPENMP := $(or $(call takes,-fopenmp,-include omp.h), \
+  $(call takes,-fopenmp-simd))
 STANDARD := $(call takes,-std=c99)
 FLAGS = $(STANDARD) $(FAST) $(EXACT) $(OPENMP) $(CFLAGS)
 
 all: tbr
 
-tbr: tbr.c tbr.h Makefile
-	$(CC) $(FLAGS) tbr.c -o tbr -lm $(LDFLAGS)
+BUILD = $(CC) $(FLAGS) tbr.c -o tbr -lm $(LDFLAGS)
+
+tbr: tbr.c tbr.h .built
+	@[ '$(shell echo GNU)' ] || { echo 'use GNU make (gmake)'; exit 1; }
+	$(BUILD)
+
+# The command of the last build; it changes only when another one is wanted.
+always:
+.built: always
+	@echo "$(BUILD)" | cmp -s - $@ || echo "$(BUILD)" > $@
 
 test: tbr
 	@CC='$(CC)' FLAGS='$(FLAGS)' sh test/run.sh
@@ -47,6 +58,6 @@ lint:
 	  --inline-suppr --error-exitcode=1 tbr.c
 
 clean:
-	rm -rf tbr test/out .probe.c .probe.out
+	rm -rf tbr test/out .built .probe.c .probe.out
 
-.PHONY: all test bench portability lint clean
+.PHONY: all always test bench portability lint clean

@@ -32,6 +32,11 @@
 #include <direct.h>
 #include <io.h>
 #include <process.h>
+#ifndef fseeko /* which mingw has */
+#define off_t long long
+#define fseeko _fseeki64
+#define ftello _ftelli64
+#endif
 #define fileno _fileno
 #define fsync _commit
 #define getpid _getpid
@@ -68,7 +73,7 @@ static struct {
   void (*handler)(const char *); /* where tbr_fail goes */
 } global;
 
-void tbr_threads(int n) { global.threads = n; }
+void tbr_threads(int n) { global.threads = n < 256 ? n : 256; }
 void tbr_on_error(void (*handler)(const char *)) { global.handler = handler; }
 
 TBR_NORETURN static void end(const char *message) {
@@ -284,12 +289,12 @@ static void write_in(const char *directory, const char *name,
 
 /* Seconds since some fixed moment, for rates only. */
 static double now(void) {
-#if defined(_POSIX_TIMERS) && _POSIX_TIMERS > 0
+#if defined(_POSIX_TIMERS) && _POSIX_TIMERS > 0 && !defined(_WIN32)
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 #else
-  return (double)time(NULL);
+  return (double)clock() / CLOCKS_PER_SEC;
 #endif
 }
 
@@ -337,9 +342,11 @@ static void progress(Progress *p, size_t done, const char *note) {
  * Compile with -ffp-contract=off and never with -ffast-math.
  * ====================================================================== */
 
-#if FLT_EVAL_METHOD != 0
-#error "Floats keep excess precision here, so results would not be exact: on \
-x86 add -msse2 -mfpmath=sse, elsewhere try -fexcess-precision=fast."
+/* -DTBR_ROUNDED promises that flags round every result all the same. */
+#if FLT_EVAL_METHOD != 0 && !defined(TBR_ROUNDED)
+#error "Floats keep excess precision here, so results would not be exact: add \
+-msse2 -mfpmath=sse on x86, -m68040 on m68k, elsewhere try \
+-fexcess-precision=fast. See Porting in README.md."
 #endif
 #ifdef __FAST_MATH__
 #error "-ffast-math changes results; leave it out."
