@@ -55,6 +55,12 @@
 #define omp_get_thread_num() 0
 #endif
 
+#ifdef __GNUC__
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
 typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
 
 /* ======================================================================
@@ -600,7 +606,9 @@ enum { MR = 6, NR = 16, KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
 /* A matrix in memory: element (i, j) is at[i * row + j * column], so that a
- * transpose is the same memory with row and column exchanged. */
+ * transpose is the same memory with row and column exchanged. Column 0 says
+ * that it is packed: panels of NR columns, `row` numbers apart, hold them as
+ * [i][j % NR], the order in which the micro-kernel reads B. */
 typedef struct {
   const real *at;
   size_t row, column;
@@ -643,98 +651,106 @@ static inline void pack(real *to, const real *at, size_t wide, size_t deep,
       to[k * tile + i] = at[(p + i) * step + k * along];
 }
 
-/* c (MR,NR) += a (deep,MR)^T b (deep,NR), both packed. c's rows are ldc
- * apart. */
-static void micro_kernel(size_t deep, const real *a, const real *b, real *c,
-                         size_t ldc) {
-  real acc[MR][NR];
-  for (size_t i = 0; i < MR; i++)
-    for (size_t j = 0; j < NR; j++) acc[i][j] = c[i * ldc + j];
-  for (size_t k = 0; k < deep; k++, a += MR, b += NR)
-    for (size_t i = 0; i < MR; i++)
+/* c (rows,NR), which counts as zero unless `add`, += a (rows,deep) b (deep,
+ * NR): a where it lies, b packed; c's rows are ldc apart. Always inlined, so
+ * that rows is a constant and acc stays in registers. */
+ALWAYS_INLINE void kernel_rows(size_t rows, size_t deep, const real *a,
+                               size_t row, size_t column, const real *b,
+                               int add, real *c, size_t ldc) {
+  real acc[MR][NR] = {{0}};
+  if (add)
+    for (size_t i = 0; i < rows; i++)
+      for (size_t j = 0; j < NR; j++) acc[i][j] = c[i * ldc + j];
+  for (size_t k = 0; k < deep; k++, b += NR)
+    for (size_t i = 0; i < rows; i++)
 #pragma omp simd
       for (size_t j = 0; j < NR; j++)
-        acc[i][j] = madd(a[i], b[j], acc[i][j]);
-  for (size_t i = 0; i < MR; i++)
+        acc[i][j] = madd(a[i * row + k * column], b[j], acc[i][j]);
+  for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < NR; j++) c[i * ldc + j] = acc[i][j];
 }
 
-/* The micro-kernel at the edge of C, where only rows x columns are real. */
-static void edge_kernel(size_t deep, const real *a, const real *b, real *c,
-                        size_t ldc, size_t rows, size_t columns) {
+/* The same for any number of rows up to MR. */
+static void micro_kernel(size_t rows, size_t deep, const real *a, size_t row,
+                         size_t column, const real *b, int add, real *c,
+                         size_t ldc) {
+  switch (rows) {
+  case 1: kernel_rows(1, deep, a, row, column, b, add, c, ldc); break;
+  case 2: kernel_rows(2, deep, a, row, column, b, add, c, ldc); break;
+  case 3: kernel_rows(3, deep, a, row, column, b, add, c, ldc); break;
+  case 4: kernel_rows(4, deep, a, row, column, b, add, c, ldc); break;
+  case 5: kernel_rows(5, deep, a, row, column, b, add, c, ldc); break;
+  default: kernel_rows(MR, deep, a, row, column, b, add, c, ldc);
+  }
+}
+
+/* The micro-kernel at the edge of C, where only `columns` are real. */
+static void edge_kernel(size_t rows, size_t columns, size_t deep,
+                        const real *a, size_t row, size_t column,
+                        const real *b, int add, real *c, size_t ldc) {
   real tile[MR * NR] = {0};
-  for (size_t i = 0; i < rows; i++)
+  for (size_t i = 0; add && i < rows; i++)
     memcpy(tile + i * NR, c + i * ldc, columns * sizeof *c);
-  micro_kernel(deep, a, b, tile, NR);
+  micro_kernel(rows, deep, a, row, column, b, add, tile, NR);
   for (size_t i = 0; i < rows; i++)
     memcpy(c + i * ldc, tile + i * NR, columns * sizeof *c);
 }
 
-/* C (m,n) += A (m,k) B (k,n) for few rows and B's rows contiguous, as in
- * decoding: B is read once where it lies, since packing it would cost more
- * than the product. */
-static void gemm_thin(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
-                      size_t ldc) {
-  enum { WIDE = 4 * NR };
-  for (size_t i = 0; i < m; i++)
-    for (size_t j = 0; j < n; j += WIDE) {
-      size_t wide = n - j < WIDE ? n - j : WIDE;
-      real acc[WIDE] = {0}, *to = c + i * ldc + j;
-      memcpy(acc, to, wide * sizeof *to);
-      for (size_t p = 0; p < k; p++) {
-        real x = a.at[i * a.row + p * a.column];
-        const real *from = b.at + p * b.row + j;
-        if (wide == WIDE) {
-#pragma omp simd
-          for (size_t q = 0; q < WIDE; q++) acc[q] = madd(x, from[q], acc[q]);
-        } else {
-          for (size_t q = 0; q < wide; q++) acc[q] = madd(x, from[q], acc[q]);
-        }
-      }
-      memcpy(to, acc, wide * sizeof *to);
+/* C (m,n) += A (m,k) B (k,n), a block of both: B's panels are `panel` apart,
+ * A is taken where it lies. */
+static void gemm_block(size_t m, size_t n, size_t k, Mat a, const real *b,
+                       size_t panel, int add, real *c, size_t ldc) {
+  for (size_t j = 0; j < n; j += NR, b += panel)
+    for (size_t i = 0; i < m; i += MR) {
+      size_t rows = m - i < MR ? m - i : MR;
+      const real *ai = a.at + i * a.row;
+      real *to = c + i * ldc + j;
+      if (n - j >= NR)
+        micro_kernel(rows, k, ai, a.row, a.column, b, add, to, ldc);
+      else
+        edge_kernel(rows, n - j, k, ai, a.row, a.column, b, add, to, ldc);
     }
 }
 
-/* C (m,n) += A (m,k) B (k,n) on this thread; scratch: GEMM_SCRATCH. */
-static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
-                        size_t ldc, real *scratch) {
-  if (m < MR && b.column == 1) {
-    gemm_thin(m, n, k, a, b, c, ldc);
-    return;
-  }
+/* A copy of a^T, whose rows may lie far apart, with its columns together. */
+static Mat gather(real *to, Mat a, size_t m, size_t k) {
+  for (size_t p = 0; p < k; p++)
+    for (size_t i = 0; i < m; i++)
+      to[p * MC + i] = a.at[i * a.row + p * a.column];
+  return transposed(to, MC);
+}
+
+/* C (m,n) = A (m,k) B (k,n), or += if add, on this thread; scratch:
+ * GEMM_SCRATCH. */
+static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
+                        real *c, size_t ldc, real *scratch) {
   real *pa = scratch, *pb = scratch + KC * MC;
-  for (size_t p = 0; p < k; p += KC) {
+  for (size_t p = 0; p < k; p += KC, add = 1) {
     size_t deep = k - p < KC ? k - p : KC;
     for (size_t j = 0; j < n; j += NC) {
       size_t nj = n - j < NC ? n - j : NC;
-      pack(pb, b.at + p * b.row + j * b.column, nj, deep, b.column, b.row, NR);
+      const real *bj = b.at + p * b.row + j * b.column;
+      if (b.column) pack(pb, bj, nj, deep, b.column, b.row, NR), bj = pb;
+      else bj = b.at + j / NR * b.row + p * NR;
       for (size_t i = 0; i < m; i += MC) {
         size_t mi = m - i < MC ? m - i : MC;
-        pack(pa, a.at + i * a.row + p * a.column, mi, deep, a.row, a.column,
-             MR);
-        for (size_t y = 0; y < nj; y += NR)
-          for (size_t x = 0; x < mi; x += MR) {
-            real *tile = c + (i + x) * ldc + j + y;
-            if (mi - x >= MR && nj - y >= NR)
-              micro_kernel(deep, pa + x * deep, pb + y * deep, tile, ldc);
-            else
-              edge_kernel(deep, pa + x * deep, pb + y * deep, tile, ldc,
-                          mi - x < MR ? mi - x : MR,
-                          nj - y < NR ? nj - y : NR);
-          }
+        Mat ai = {a.at + i * a.row + p * a.column, a.row, a.column};
+        if (a.column != 1) ai = gather(pa, ai, mi, deep);
+        gemm_block(mi, nj, deep, ai, bj, b.column ? deep * NR : b.row, add,
+                   c + i * ldc + j, ldc);
       }
     }
   }
 }
 
-/* C (m,n) += A (m,k) B (k,n): each thread takes a stripe of the longer side
- * of C. */
-static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
+/* C (m,n) = A (m,k) B (k,n), or += if add. Each thread takes a stripe of C:
+ * of columns where there are enough for all and A need not be copied. */
+static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int add, real *c,
                  size_t ldc) {
-  int by_rows = m >= n;
+  size_t team = (size_t)threads();
+  int by_rows = a.column == 1 ? n < 2 * NR * team : m >= n;
   size_t tile = by_rows ? MR : NR;
   size_t tiles = ((by_rows ? m : n) + tile - 1) / tile;
-  size_t team = (size_t)threads();
   if (team > tiles) team = tiles ? tiles : 1;
   if (m * n * k < 100000) team = 1; /* waking threads would cost more */
   real *scratch = mem_raw(team, GEMM_SCRATCH * sizeof *scratch);
@@ -746,11 +762,11 @@ static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
     if (by_rows) {
       if (to > m) to = m;
       part.at += from * a.row;
-      gemm_serial(to - from, n, k, part, b, c + from * ldc, ldc, mine);
+      gemm_serial(to - from, n, k, part, b, add, c + from * ldc, ldc, mine);
     } else {
       if (to > n) to = n;
-      part.at += from * b.column;
-      gemm_serial(m, to - from, k, a, part, c + from, ldc, mine);
+      part.at += from * (b.column ? b.column : b.row / NR);
+      gemm_serial(m, to - from, k, a, part, add, c + from, ldc, mine);
     }
   }
   free(scratch);
@@ -759,7 +775,7 @@ static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, real *c,
 void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
               const tbr_real *b, int tb, tbr_real *c) {
   gemm(m, n, k, ta ? transposed(a, m) : mat(a, k),
-       tb ? transposed(b, k) : mat(b, n), c, n);
+       tb ? transposed(b, k) : mat(b, n), 1, c, n);
 }
 
 /* ======================================================================
@@ -3057,17 +3073,15 @@ typedef struct {
 /* y = x W^T, x (rows,in), wt = W^T (in,out), y (rows,out) */
 static void linear_forward(real *y, const real *x, Mat wt, size_t rows,
                            size_t in, size_t out) {
-  memset(y, 0, rows * out * sizeof *y);
-  gemm(rows, out, in, mat(x, in), wt, y, out);
+  gemm(rows, out, in, mat(x, in), wt, 0, y, out);
 }
 
 /* dx = dy W and dW += dy^T x, with W (out,in) and dy (rows,out) */
 static void linear_backward(real *dx, real *dw, const real *dy, const real *x,
                             const real *w, size_t rows, size_t in,
                             size_t out) {
-  memset(dx, 0, rows * in * sizeof *dx);
-  gemm(rows, in, out, mat(dy, out), mat(w, in), dx, in);
-  gemm(out, in, rows, transposed(dy, out), mat(x, in), dw, in);
+  gemm(rows, in, out, mat(dy, out), mat(w, in), 0, dx, in);
+  gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
 }
 
 /* x (rows,d) = the rows of table that ids name */
@@ -3198,8 +3212,7 @@ static void attention_weights(real *p, Mat q, Mat kt, size_t n, size_t first,
                               size_t size, real *scratch) {
   size_t keys = first + n;
   real scale = 1 / root((real)size), max;
-  memset(p, 0, n * keys * sizeof *p);
-  gemm_serial(n, keys, size, q, kt, p, keys, scratch);
+  gemm_serial(n, keys, size, q, kt, 0, p, keys, scratch);
   for (size_t i = 0; i < n; i++) {
     real *row = p + i * keys;
     size_t seen = first + i + 1;
@@ -3220,9 +3233,7 @@ static void attention_forward(real *out, size_t ldo, Mat q, Mat kt, Mat v,
     size_t block = n - i < QUERIES ? n - i : QUERIES;
     Mat qi = {q.at + i * q.row, q.row, q.column};
     attention_weights(p, qi, kt, block, past + i, size, scratch);
-    for (size_t r = i; r < i + block; r++)
-      memset(out + r * ldo, 0, size * sizeof *out);
-    gemm_serial(block, size, past + i + block, mat(p, past + i + block), v,
+    gemm_serial(block, size, past + i + block, mat(p, past + i + block), v, 0,
                 out + i * ldo, ldo, scratch);
   }
 }
@@ -3242,11 +3253,10 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout,
     attention_weights(p, mat(qi, ld), transposed(k, ld), block, i, size,
                       scratch);
     /* dv (keys,size) += p^T (keys,block) dout (block,size) */
-    gemm_serial(keys, size, block, transposed(p, keys), mat(douti, ldo), dv,
+    gemm_serial(keys, size, block, transposed(p, keys), mat(douti, ldo), 1, dv,
                 ld, scratch);
     /* dp (block,keys) = dout (block,size) v^T (size,keys) */
-    memset(ds, 0, block * keys * sizeof *ds);
-    gemm_serial(block, keys, size, mat(douti, ldo), transposed(v, ld), ds,
+    gemm_serial(block, keys, size, mat(douti, ldo), transposed(v, ld), 0, ds,
                 keys, scratch);
     for (size_t r = 0; r < block; r++) {
       real *pr = p + r * keys, *dsr = ds + r * keys;
@@ -3255,10 +3265,10 @@ static void attention_backward(real *dq, real *dk, real *dv, const real *dout,
         dsr[j] = pr[j] * (dsr[j] - mean) * scale;
     }
     /* dq (block,size) += ds (block,keys) k (keys,size) */
-    gemm_serial(block, size, keys, mat(ds, keys), mat(k, ld), dq + i * ld, ld,
-                scratch);
+    gemm_serial(block, size, keys, mat(ds, keys), mat(k, ld), 1, dq + i * ld,
+                ld, scratch);
     /* dk (keys,size) += ds^T (keys,block) q (block,size) */
-    gemm_serial(keys, size, block, transposed(ds, keys), mat(qi, ld), dk, ld,
+    gemm_serial(keys, size, block, transposed(ds, keys), mat(qi, ld), 1, dk, ld,
                 scratch);
   }
 }
@@ -3602,13 +3612,13 @@ static void layer_forward(const TbrConfig *c, const Layer *w, const Views *v,
   attend(c, att, qkv, cache, l, spans, n_spans);
   /* x2 (rows,d) = x + att (rows,q) o^T (q,d) */
   memcpy(x2, x, rows * d * sizeof *x);
-  gemm(rows, d, q_width(c), mat(att, q_width(c)), v->o, x2, d);
+  gemm(rows, d, q_width(c), mat(att, q_width(c)), v->o, 1, x2, d);
   rmsnorm_forward(a->norm, a->rstd2 + at, x2, w->norm2, rows, d, eps);
   linear_forward(gu, a->norm, v->gate_up, rows, d, 2 * h);
   swiglu_forward(a->hidden, gu, rows, h);
   /* out (rows,d) = x2 + hidden (rows,h) down^T (h,d) */
   memcpy(out, x2, rows * d * sizeof *x);
-  gemm(rows, d, h, mat(a->hidden, h), v->down, out, d);
+  gemm(rows, d, h, mat(a->hidden, h), v->down, 1, out, d);
 }
 
 /* ---- backward ---------------------------------------------------------- */
