@@ -135,15 +135,16 @@ typedef struct {
 } TbrExamples;
 
 /* Reads a file of examples in any known form, told from its content:
- * JSON Lines or one JSON array, whose rows are native ({prompt, reflection,
- * response, label, ...} as in TbrExample, all but the first may be absent), Alpaca's {instruction, input, output}, {question,
- * response}, chats {messages}, or {prompt, completion} as texts or as lists
- * of turns; or CSV with a header that has `prompt`, as XSTest's. A response
- * that begins with <think>...</think> is divided into reflection and
- * response. A chat has one user turn, before it perhaps a system turn, which
- * becomes the beginning of the prompt, and after it perhaps one assistant
- * turn; more turns are an error, since nothing here trains on them. "-" is
- * standard input (JSON only). */
+ * JSON Lines or one JSON array, whose rows are native (the members of
+ * TbrExample, of which all but the first may be absent), Alpaca's
+ * {instruction, input, output}, {question, response}, chats {messages}, or
+ * {prompt, completion} as texts or as lists of turns; or CSV with a header
+ * that has `prompt`, as XSTest's. A response that begins with
+ * <think>...</think> is divided into reflection and response. A chat has one
+ * user turn, before it perhaps a system turn, which becomes the beginning of
+ * the prompt, and after it perhaps one assistant turn; more turns are an
+ * error, since nothing here trains on them. "-" is standard input (JSON
+ * only). */
 TbrExamples tbr_examples_read(const char *path);
 
 /* Writes JSON Lines; form is "native", or "messages", where the reflection
