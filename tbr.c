@@ -762,8 +762,9 @@ void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
  * follows RFC 8259 (of equal keys the last one wins, nesting ends at 64,
  * a key cannot hold a zero byte), CSV follows RFC 4180, safetensors the
  * format's own description: 8 bytes of header length, a JSON header, data.
- * All three are read strictly: a file that lies about itself is refused
- * with the place where it does. Left out: streaming, NaN, comments.
+ * All three are read whole, and strictly: a file that lies about itself is
+ * refused with the place where it does. Left out: NaN, comments, types of
+ * tensors that models in float don't have.
  * ====================================================================== */
 
 /* Adds a code point as UTF-8. */
