@@ -785,8 +785,9 @@ void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
  * follows RFC 8259 (of equal keys the last one wins, nesting ends at 64,
  * a key cannot hold a zero byte), CSV follows RFC 4180, safetensors the
  * format's own description: 8 bytes of header length, a JSON header, data.
- * All three are read strictly: a file that lies about itself is refused
- * with the place where it does. Left out: streaming, NaN, comments.
+ * All three are read whole, and strictly: a file that lies about itself is
+ * refused with the place where it does. Left out: NaN, comments, types of
+ * tensors that models in float don't have.
  * ====================================================================== */
 
 /* Adds a code point as UTF-8. */
@@ -1439,18 +1440,25 @@ static size_t token_add(TbrTokenizer *t, int kind, const char *name, size_t n,
   return t->n - 1;
 }
 
-/* Appends a merge; of a pair that comes twice the first counts. All merges
- * that make the same piece share a rank, so that the leftmost goes first, as
- * in SentencePiece. */
-static void merge_add(TbrTokenizer *t, size_t left, size_t right, size_t id) {
+/* Appends the merge of two tokens, whose names are a name's first `cut` bytes
+ * and the rest, to that of the whole name; returns 0 if one of the three is no
+ * token. Of a merge that comes twice the first counts. All merges that make
+ * the same piece share a rank, so that the leftmost goes first, as in
+ * SentencePiece. */
+static int merge_add(TbrTokenizer *t, const char *name, size_t n, size_t cut) {
+  size_t left = token_find(t, TEXT, name, cut);
+  size_t right = token_find(t, TEXT, name + cut, n - cut);
+  size_t id = token_find(t, TEXT, name, n);
+  if (left == SIZE_MAX || right == SIZE_MAX || id == SIZE_MAX) return 0;
   Merge m = {(int32_t)left, (int32_t)right};
   uint64_t *value = map_put(&t->pairs, pair_of(m.left, m.right));
+  if (*value) return 1;
   Token *whole = &t->token[id];
-  if (*value) return;
   if (!t->pieces || !whole->rank) whole->rank = t->pairs.n;
   *value = (uint64_t)whole->rank << 32 | id;
   t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof m);
   t->merge[t->pairs.n - 1] = m;
+  return 1;
 }
 
 /* What pairs has on two symbols; NO_MERGE, above all ranks, if nothing. */
@@ -1698,7 +1706,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     buf_printf(&name, "%s%s", t->token[left].name.s, t->token[right].name.s);
     size_t id = token_find(t, TEXT, name.s, name.n);
     if (id == SIZE_MAX) id = token_add(t, TEXT, name.s, name.n, "");
-    merge_add(t, left, right, id);
+    merge_add(t, name.s, name.n, t->token[left].name.n);
     corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
   }
   buf_free(&name);
@@ -1785,23 +1793,16 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
   Buf b = {0};
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
-    const char *left = "", *right = "";
-    if (m->kind == JSON_STRING) left = right = m->string;
-    else if (r && l->kind == JSON_STRING && r->kind == JSON_STRING)
-      left = l->string, right = r->string;
-    size_t n = strcspn(left, " "), part[2];
-    if (left == right) right += n + (right[n] != 0);
+    int two = r && l->kind == JSON_STRING && r->kind == JSON_STRING;
+    const char *left = two ? l->string : m->string ? m->string : "";
+    size_t cut = two ? strlen(left) : strcspn(left, " ");
     buf_clear(&b);
-    buf_add(&b, left, n);
-    buf_str(&b, right);
-    part[0] = token_find(t, TEXT, left, n);
-    part[1] = token_find(t, TEXT, right, strlen(right));
-    size_t id = token_find(t, TEXT, b.s, b.n);
-    if (part[0] == SIZE_MAX || part[1] == SIZE_MAX || id == SIZE_MAX)
+    buf_add(&b, left, cut);
+    buf_str(&b, two ? r->string : left + cut + (left[cut] != 0));
+    if (!merge_add(t, b.s, b.n, cut))
       tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
                "\"]; this has a part or makes a whole, \"%.300s\", which is no "
                "token", m->path, m->line, b.s);
-    merge_add(t, part[0], part[1], id);
   }
   buf_free(&b);
 }
@@ -1834,30 +1835,15 @@ static int by_number(const void *a, const void *b) {
   return (*x > *y) - (*x < *y);
 }
 
-/* Whatever two tokens make a third can be merged. order has the score of each
- * token in its upper half, the best the lowest, and the token in the lower: of
- * equal scores the lower token goes first, which a list of merges can say. */
-static void derive_merges(TbrTokenizer *t, uint64_t *order) {
-  if (t->n) qsort(order, t->n, sizeof *order, by_number);
-  for (size_t i = 0; i < t->n; i++) {
-    size_t id = (size_t)(order[i] & UINT32_MAX), n = t->token[id].name.n;
-    const char *s = t->token[id].name.s;
-    for (size_t cut = 1; t->token[id].kind == TEXT && cut < n; cut++) {
-      size_t left = token_find(t, TEXT, s, cut);
-      size_t right = token_find(t, TEXT, s + cut, n - cut);
-      if (left != SIZE_MAX && right != SIZE_MAX)
-        merge_add(t, left, right, id);
-    }
-  }
-}
-
-/* llama2.c's file: for each token a score, a length and bytes. */
+/* llama2.c's file: for each token a score, a length and bytes. Whatever two
+ * tokens make a third can be merged, the best score first, and of equal ones
+ * the lowest token, which a list of merges can say. */
 static TbrTokenizer *load_bin(const char *path, size_t vocab) {
   static const char *const special[] = {"<unk>", "<s>", "</s>"};
   size_t size, at = 4, cap = 0;
   char *file = read_file(path, &size);
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  uint64_t *order = NULL;
+  uint64_t *order = NULL; /* the score, the best lowest, above the token */
   Buf name = {0};
   t->pieces = 1;
   while (vocab ? t->n < vocab : at < size) {
@@ -1883,17 +1869,21 @@ static TbrTokenizer *load_bin(const char *path, size_t vocab) {
   if (at < size)
     tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
              "another model?)", path, vocab);
-  derive_merges(t, order);
+  if (t->n) qsort(order, t->n, sizeof *order, by_number);
+  for (size_t i = 0; i < t->n; i++) {
+    const Buf *whole = &t->token[order[i] & UINT32_MAX].name;
+    for (size_t cut = 1; cut < whole->n; cut++)
+      merge_add(t, whole->s, whole->n, cut);
+  }
   buf_free(&name), free(order), free(file);
   return t;
 }
 
 TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
-  char *inside = format_string("%s/tokenizer.json", path);
+  char *inside = path_in(path, "tokenizer.json");
   const char *file = file_exists(inside) ? inside : path;
-  size_t n = strlen(file);
-  int json = n >= 5 && !strcmp(file + n - 5, ".json");
-  TbrTokenizer *t = json ? load_json(file) : load_bin(file, vocab);
+  TbrTokenizer *t = ends_with(file, ".json") ? load_json(file)
+                                             : load_bin(file, vocab);
   if (vocab && t->n > vocab)
     tbr_fail("%s: has %zu tokens, the model only %zu (is it of another model?)",
              file, t->n, vocab);

@@ -77,7 +77,8 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n);
 typedef struct TbrTokenizer TbrTokenizer;
 
 /* Reads a tokenizer.json, a directory that holds one, or llama2.c's
- * tokenizer.bin (which must hold `vocab` tokens, unless that is 0). */
+ * tokenizer.bin (which must hold `vocab` tokens, unless that is 0; of equal
+ * scores the lower token is merged first, as tokenizer.json has it). */
 TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
 
 /* Learns a byte-level BPE (Sennrich et al., 2016) from n bytes of text: the
