@@ -3190,7 +3190,7 @@ static real exponentials(real *x, size_t n, real scale, real *max) {
 
 /* Attention is computed a block of queries at a time, so that no matrix of
  * all queries by all keys exists. */
-enum { QUERIES = 96 };
+enum { QUERIES = 48 };
 
 /* Numbers of scratch that attention needs for up to `keys` keys. */
 static size_t attention_scratch(size_t keys) {
@@ -3467,12 +3467,16 @@ static real *classifier(const TbrConfig *c, real *block) {
 
 /* ---- forward ----------------------------------------------------------- */
 
-/* Keys (transposed) and values of earlier tokens, for generation:
- * keys [layer][slot][kv head][head size][length], values [..][length][size]. */
+/* Keys (transposed) and values of earlier tokens, for generation, packed:
+ * keys [layer][slot][kv head][length / NR][head size][NR],
+ * values [layer][slot][kv head][value panels][length][NR]. */
 typedef struct {
-  size_t slots, length;
+  size_t slots, length; /* in memory, rounded up to whole panels */
   real *keys, *values;
 } Cache;
+
+/* The packed size of `wide` columns, a number deep. */
+static size_t packed(size_t wide) { return (wide + NR - 1) / NR * NR; }
 
 /* What forward computes, (rows, width) each, kept for each layer where a
  * backward follows, else written over. */
@@ -3524,7 +3528,7 @@ void tbr_acts_free(TbrActs *a) {
 }
 
 /* W^T of the four products of a layer: views of the weights in training,
- * transposed copies in generation, where rows must be contiguous. */
+ * packed copies in generation. */
 typedef struct { Mat qkv, o, gate_up, down; } Views;
 
 static Views layer_views(const TbrConfig *c, const Layer *w) {
@@ -3546,14 +3550,18 @@ static real *attend_scratch(const Span *spans, size_t n, size_t *need) {
 /* Copies the keys and values of new tokens into layer l of the cache. */
 static void cache_store(const Cache *cache, const TbrConfig *c, size_t l,
                         const real *qkv, const Span *spans, size_t n_spans) {
-  size_t size = c->head_dim, len = cache->length, w = qkv_width(c);
+  size_t size = c->head_dim, len = packed(cache->length), w = qkv_width(c);
   for (const Span *s = spans; s < spans + n_spans; s++)
     for (size_t i = 0; i < s->n * c->kv_heads; i++) {
       size_t h = i % c->kv_heads, row = i / c->kv_heads, p = s->past + row;
-      size_t at = ((l * cache->slots + s->slot) * c->kv_heads + h) * size * len;
+      size_t at = ((l * cache->slots + s->slot) * c->kv_heads + h) * len;
+      real *key = cache->keys + at * size + p / NR * size * NR + p % NR;
+      real *value = cache->values + at * packed(size) + p * NR;
       const real *k = qkv + (s->row + row) * w + q_width(c) + h * size;
-      for (size_t j = 0; j < size; j++) cache->keys[at + j * len + p] = k[j];
-      memcpy(cache->values + at + p * size, k + kv_width(c), size * sizeof *k);
+      for (size_t j = 0; j < size; j++) {
+        key[j * NR] = k[j];
+        value[j / NR * len * NR + j % NR] = k[kv_width(c) + j];
+      }
     }
 }
 
@@ -3572,10 +3580,10 @@ static void attend(const TbrConfig *c, real *att, const real *qkv,
     const real *q = qkv + s->row * w, *k = q + q_width(c) + kv * size;
     Mat kt = transposed(k, w), v = mat(k + kv_width(c), w);
     if (cache) {
-      size_t at = ((l * cache->slots + s->slot) * c->kv_heads + kv) * size *
-                  cache->length;
-      kt = mat(cache->keys + at, cache->length);
-      v = mat(cache->values + at, size);
+      size_t len = packed(cache->length);
+      size_t at = ((l * cache->slots + s->slot) * c->kv_heads + kv) * len;
+      kt = (Mat){cache->keys + at * size, size * NR, 0};
+      v = (Mat){cache->values + at * packed(size), len * NR, 0};
     }
     attention_forward(att + s->row * q_width(c) + h * size, q_width(c),
                       mat(q + h * size, w), kt, v, s->n, s->past, size,
@@ -4279,24 +4287,24 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
 
 enum { SLOTS = 64 };
 
-/* A model made ready for generation: transposed weights, cache, scratch. */
+/* A model made ready for generation: packed weights, cache, scratch. */
 typedef struct {
   const TbrModel *model;
-  real *block;      /* holds all of the numbers below */
-  real *transposed; /* W^T of all matrices, at the places of W */
-  Views *view;      /* of each layer */
+  real *block;  /* holds all of the numbers below */
+  real *packed; /* W^T of all matrices */
+  Views *view;  /* of each layer */
   Mat classify;
   Cache cache;
   TbrActs *acts;
   real *x, *rstd, *norm, *logits; /* the last row of each slot */
 } Decoder;
 
-/* to (columns,rows) = from (rows,columns) transposed; a view of it. */
-static Mat transpose(real *to, const real *from, size_t rows, size_t columns) {
-  for (size_t i = 0; i < rows; i++)
-    for (size_t j = 0; j < columns; j++)
-      to[j * rows + i] = from[i * columns + j];
-  return mat(to, rows);
+/* Packs w^T, w (out,in), and moves *to behind it. */
+static Mat pack_weights(real **to, const real *w, size_t out, size_t in) {
+  Mat m = {*to, in * NR, 0};
+  pack(*to, w, out, in, in, 1, NR);
+  *to += packed(out) * in;
+  return m;
 }
 
 /* slots sequences of at most `length` tokens; `rows` in one round. */
@@ -4304,26 +4312,34 @@ static Decoder *decoder_new(const TbrModel *m, size_t slots, size_t length,
                             size_t rows) {
   const TbrConfig *c = &m->config;
   Decoder *d = mem_new(1, sizeof *d);
-  size_t cached = times(times(c->layers, slots), times(kv_width(c), length));
-  Extent part[] = {{&d->transposed, m->n_params}, {&d->cache.keys, cached},
-                 {&d->cache.values, cached}, {&d->x, times(slots, c->dim)},
-                 {&d->norm, times(slots, c->dim)}, {&d->rstd, slots},
-                 {&d->logits, times(slots, c->vocab)}};
+  size_t h = c->hidden, wide = qkv_width(c), size = c->head_dim;
+  size_t layer = (packed(wide) + packed(2 * h)) * c->dim +
+                 packed(c->dim) * (q_width(c) + h);
+  size_t heads =
+      times(times(c->layers, slots), times(c->kv_heads, packed(length)));
+  size_t keys = times(heads, size), values = times(heads, packed(size));
+  Extent part[] = {
+      {&d->packed, times(packed(c->vocab), c->dim) + times(c->layers, layer)},
+      {&d->cache.keys, keys}, {&d->cache.values, values},
+      {&d->x, times(slots, c->dim)}, {&d->norm, times(slots, c->dim)},
+      {&d->rstd, slots}, {&d->logits, times(slots, c->vocab)}};
   d->block = mem_parts(part, sizeof part / sizeof *part);
   d->model = m;
   d->cache.slots = slots;
   d->cache.length = length;
+  memset(d->cache.keys, 0, keys * sizeof(real)); /* panels are read whole */
+  memset(d->cache.values, 0, values * sizeof(real));
   d->acts = acts_new(m, rows, 0);
   d->view = mem_new(c->layers, sizeof *d->view);
+  real *to = d->packed;
   for (size_t l = 0; l < c->layers; l++) {
-    Layer w = layer_at(c, m->param, l), t = layer_at(c, d->transposed, l);
-    d->view[l].qkv = transpose(t.qkv, w.qkv, qkv_width(c), c->dim);
-    d->view[l].o = transpose(t.o, w.o, c->dim, q_width(c));
-    d->view[l].gate_up = transpose(t.gate_up, w.gate_up, 2 * c->hidden, c->dim);
-    d->view[l].down = transpose(t.down, w.down, c->dim, c->hidden);
+    Layer w = layer_at(c, m->param, l);
+    d->view[l].qkv = pack_weights(&to, w.qkv, wide, c->dim);
+    d->view[l].o = pack_weights(&to, w.o, c->dim, q_width(c));
+    d->view[l].gate_up = pack_weights(&to, w.gate_up, 2 * h, c->dim);
+    d->view[l].down = pack_weights(&to, w.down, c->dim, h);
   }
-  d->classify = transpose(classifier(c, d->transposed),
-                          classifier(c, m->param), c->vocab, c->dim);
+  d->classify = pack_weights(&to, classifier(c, m->param), c->vocab, c->dim);
   return d;
 }
 
