@@ -2851,7 +2851,8 @@ static void make_rows(World *w, const char *name, const char *class, size_t n,
               class);
     for (i = 0; i < rows->n && strcmp(rows->row[i].prompt, e.prompt);) i++;
     if (i < rows->n && tries > 100 * n + 1000)
-      fail_at(line, "too few different prompts; %zu of %zu were made", n + rows->n - end, n);
+      fail_at(line, "too few different prompts; %zu of %zu were made",
+              n + rows->n - end, n);
     if (i < rows->n) {
       example_free(&e);
       continue;
