@@ -361,7 +361,8 @@ static void test_world(void) {
     for (volatile size_t i = 0; i < w->items.n; i++) {
       const char *e1 = field(&w->items.row[i], "e", 1);
       const char *e2 = field(&w->items.row[item], "e", 1);
-      if (i == item || strcmp(field(&w->items.row[i], "=label", 6), "harmful") ||
+      const char *label = field(&w->items.row[i], "=label", 6);
+      if (i == item || strcmp(label, "harmful") ||
           strcmp(e->label, "harmful") || strcmp(e1, e2))
         continue;
       unsigned char other = w->mark[i];
@@ -398,7 +399,7 @@ static void test_mix(void) {
 }
 
 /* What a world may have or not: the further fields agree with the prompt, no
- * test uses an item of the pseudo-harmful rows, and all is checked for leaks. */
+ * test uses an item of the pseudo-harmful rows, and all is checked. */
 static void test_further(void) {
   small_world("", "");
   make_small(7);
