@@ -594,13 +594,13 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
  * ====================================================================== */
 
 #ifndef TBR_KC
-#define TBR_KC 256 /* depth of a panel: MR x KC and NR x KC stay in L1 */
+#define TBR_KC 384 /* depth of a panel: NR x KC stays in L1 */
 #endif
 #ifndef TBR_MC
-#define TBR_MC 96 /* rows of A in one block, a multiple of MR */
+#define TBR_MC 198 /* rows of A in one block, a multiple of MR: L2 */
 #endif
 #ifndef TBR_NC
-#define TBR_NC 512 /* columns of B in one block, a multiple of NR: L2 */
+#define TBR_NC 512 /* columns of B in one block, a multiple of NR: L3 */
 #endif
 enum { MR = 6, NR = 16, KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
@@ -3067,11 +3067,15 @@ static void linear_forward(real *y, const real *x, Mat wt, size_t rows,
   gemm(rows, out, in, mat(x, in), wt, 0, y, out);
 }
 
-/* dx = dy W and dW += dy^T x, with W (out,in) and dy (rows,out) */
-static void linear_backward(real *dx, real *dw, const real *dy, const real *x,
-                            const real *w, size_t rows, size_t in,
-                            size_t out) {
+/* dx = dy W, with W (out,in) and dy (rows,out) */
+static void linear_backward(real *dx, const real *dy, const real *w,
+                            size_t rows, size_t in, size_t out) {
   gemm(rows, in, out, mat(dy, out), mat(w, in), 0, dx, in);
+}
+
+/* dW += dy^T x, with dW (out,in), dy (rows,out) and x (rows,in) */
+static void linear_gradient(real *dw, const real *dy, const real *x,
+                            size_t rows, size_t in, size_t out) {
   gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
 }
 
@@ -3277,16 +3281,18 @@ static void swiglu_forward(real *y, const real *gu, size_t rows, size_t h) {
   }
 }
 
-/* dgu = the gradient of gu, given dy (rows,h). */
-static void swiglu_backward(real *dgu, const real *dy, const real *gu,
+/* dgu = the gradient of gu, given dy (rows,h), and y once more. */
+static void swiglu_backward(real *dgu, real *y, const real *dy, const real *gu,
                             size_t rows, size_t h) {
 #pragma omp parallel for num_threads(threads())
   for (size_t r = 0; r < rows; r++) {
     const real *gate = gu + r * 2 * h, *up = gate + h, *dyr = dy + r * h;
-    real *dgate = dgu + r * 2 * h, *dup = dgate + h;
+    real *dgate = dgu + r * 2 * h, *dup = dgate + h, *yr = y + r * h;
 #pragma omp simd
     for (size_t j = 0; j < h; j++) {
-      real sigmoid = 1 / (1 + exp_real(-gate[j])), silu = gate[j] * sigmoid;
+      real e = 1 + exp_real(-gate[j]), sigmoid = 1 / e;
+      real silu = gate[j] * sigmoid;
+      yr[j] = gate[j] / e * up[j];
       dup[j] = dyr[j] * silu;
       dgate[j] = dyr[j] * up[j] * (sigmoid + silu * (1 - sigmoid));
     }
@@ -3656,21 +3662,23 @@ static void layer_backward(const TbrConfig *c, const Layer *w, const Layer *g,
   real *x = a->x + at * d, *qkv = a->qkv + at * wide, *x2 = a->x2 + at * d;
   real *att = a->att + at * q_width(c), *gu = a->gu + at * 2 * h;
   real eps = (real)c->norm_eps;
-  swiglu_forward(a->hidden, gu, rows, h);
-  linear_backward(a->dnorm, g->down, a->dx, a->hidden, w->down, rows, h, d);
-  swiglu_backward(a->dgu, a->dnorm, gu, rows, h);
+  linear_backward(a->dnorm, a->dx, w->down, rows, h, d);
+  swiglu_backward(a->dgu, a->hidden, a->dnorm, gu, rows, h);
+  linear_gradient(g->down, a->dx, a->hidden, rows, h, d);
   rmsnorm_forward(a->norm, a->rstd2 + at, x2, w->norm2, rows, d, eps);
-  linear_backward(a->dnorm, g->gate_up, a->dgu, a->norm, w->gate_up, rows, d,
-                  2 * h);
+  linear_backward(a->dnorm, a->dgu, w->gate_up, rows, d, 2 * h);
+  linear_gradient(g->gate_up, a->dgu, a->norm, rows, d, 2 * h);
   rmsnorm_backward(a->dx, g->norm2, a->dnorm, x2, a->rstd2 + at, w->norm2,
                    rows, d, a->g);
-  linear_backward(a->dnorm, g->o, a->dx, att, w->o, rows, q_width(c), d);
+  linear_backward(a->dnorm, a->dx, w->o, rows, q_width(c), d);
+  linear_gradient(g->o, a->dx, att, rows, q_width(c), d);
   memset(a->dqkv, 0, rows * wide * sizeof *x);
   attend_backward(c, a->dqkv, a->dnorm, qkv, spans, n_spans);
   rope(a->dqkv, wide, c->heads + c->kv_heads, c->head_dim, spans, n_spans,
        a->cosine, a->sine, -1);
   rmsnorm_forward(a->norm, a->rstd1 + at, x, w->norm1, rows, d, eps);
-  linear_backward(a->dnorm, g->qkv, a->dqkv, a->norm, w->qkv, rows, d, wide);
+  linear_backward(a->dnorm, a->dqkv, w->qkv, rows, d, wide);
+  linear_gradient(g->qkv, a->dqkv, a->norm, rows, d, wide);
   rmsnorm_backward(a->dx, g->norm1, a->dnorm, x, a->rstd1 + at, w->norm1,
                    rows, d, a->g);
 }
@@ -3745,8 +3753,8 @@ static double head_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
     cross_entropy(loss, logits, target, n, c->vocab, grad ? scale : 0);
     for (size_t r = 0; r < n; r++) sum += (double)loss[r];
     if (grad) {
-      linear_backward(dnorm, classifier(c, grad), logits, norm, w, n, d,
-                      c->vocab);
+      linear_backward(dnorm, logits, w, n, d, c->vocab);
+      linear_gradient(classifier(c, grad), logits, norm, n, d, c->vocab);
       memset(dx, 0, n * d * sizeof *dx);
       rmsnorm_backward(dx, final_norm(c, grad), dnorm, x, rstd, gain, n, d, g);
       for (size_t r = 0; r < n; r++)
