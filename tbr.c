@@ -4790,13 +4790,13 @@ static const TbrOptions default_options = {
     .reflection = "safety", .style = "own", .too_long = "drop", .arm = "",
     .mix = "pretrain", .of = "", .by = "model", .baseline = "sft", .grid = "",
     .file = "",
-    .sizes = {66000, 900, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
+    .sizes = {66000, 600, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
     .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
     .hidden = 256, .context = 256, .pretrain_steps = 3000,
     .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
     .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
     .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,
-    .lr = 1e-3, .top_p = 1};
+    .lr = 5e-4, .top_p = 1};
 
 #define FIELD(name) offsetof(TbrOptions, name)
 /* kind: s text, n whole number, d number; verbs: the letters (see chapter 13)

@@ -74,6 +74,10 @@ platform tcc '' tcc
 platform i686 '' i686-linux-gnu-gcc -static $fast -msse2 -mfpmath=sse
 platform x87 '' i686-linux-gnu-gcc -static $fast -march=i686 -mno-sse -mpc64 \
   -ffloat-store -DTBR_ROUNDED
+command -v i686-linux-gnu-gcc >/dev/null &&
+  check 'x87 without these flags' "$(i686-linux-gnu-gcc -fsyntax-only \
+    -march=i686 -mno-sse ../tbr.c 2>&1 | grep -o 'Floats keep excess' |
+    head -n 1)" 'Floats keep excess'
 platform windows.x86_64 wine x86_64-w64-mingw32-gcc $fast
 platform wasm "node --no-warnings $out/wasi.js" clang --target=wasm32-wasi
 platform aarch64 qemu-aarch64 aarch64-linux-gnu-gcc -static $fast

@@ -205,7 +205,7 @@ static void test_csv(void) {
 /* A safetensors file with that header and so many zero bytes of data. */
 static SafeTensors *st_of(const char *header, size_t data) {
   Buf b = {0};
-  size_t n = strlen(header);
+  uint64_t n = strlen(header);
   for (size_t i = 0; i < 8; i++) buf_char(&b, (int)(n >> 8 * i & 255));
   buf_str(&b, header);
   while (data--) buf_char(&b, 0);
@@ -291,7 +291,8 @@ static void test_safetensors(void) {
   FAILS(st_of(T("[-2]", "[0,8]"), 8), "whole numbers");
   FAILS(st_of(T("[0.5]", "[0,2]"), 2), "whole numbers");
   FAILS(st_of(T("[1e300]", "[0,8]"), 8), "whole numbers");
-  FAILS(st_of(T("[4294967296,4294967296]", "[0,0]"), 0), "needs 7378");
+  FAILS(st_of(T("[4294967296,4294967296]", "[0,0]"), 0),
+        SIZE_MAX > 4294967295 ? "needs 7378" : "whole numbers");
   FAILS(st_of(T("[1,1,1]", "[0,4]"), 4), "up to 2 whole");
   FAILS(st_of("{\"a\":{\"dtype\":\"F99\"}}", 0), "has dtype \"F99\"; F32");
   FAILS(st_of("{\"a\":{\"dtype\":\"FOO16\",\"shape\":[1],\"data_offsets\":"
