@@ -3495,16 +3495,16 @@ struct TbrActs {
   real *cosine, *sine;                           /* (context, head size / 2) */
 };
 
-/* Memory for `rows` tokens at a time; for training, else for generation. */
-static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
-  const TbrConfig *c = &m->config;
-  TbrActs *a = mem_raw(1, sizeof *a);
+enum { ACTS = 16 };
+
+/* The arrays for `rows` tokens at a time, in training or in generation. */
+static void acts_parts(TbrActs *a, const TbrConfig *c, size_t rows,
+                       int training, Extent to[ACTS]) {
   size_t all = times(rows, training ? c->layers : 1);
   size_t d = c->dim, h = c->hidden, q = q_width(c), wide = qkv_width(c);
   size_t widest = wide > h ? wide : h, back = training ? rows : 0;
   size_t half = c->head_dim / 2, angles = times(c->context, half);
-  double step = tbr_log(c->rope_theta) / (double)half;
-  Extent part[] = {
+  const Extent part[ACTS] = {
       {&a->x, times(all + rows, d)}, {&a->rstd1, all},
       {&a->qkv, times(all, wide)},   {&a->att, times(all, q)},
       {&a->x2, times(all, d)},       {&a->rstd2, all},
@@ -3514,7 +3514,18 @@ static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
       {&a->dqkv, times(back, wide)}, {&a->dgu, times(back, 2 * h)},
       {&a->g, times(back, d)},       {&a->cosine, angles},
       {&a->sine, angles}};
-  a->block = mem_parts(part, sizeof part / sizeof *part);
+  memcpy(to, part, sizeof part);
+}
+
+/* Memory for `rows` tokens at a time; for training, else for generation. */
+static TbrActs *acts_new(const TbrModel *m, size_t rows, int training) {
+  const TbrConfig *c = &m->config;
+  TbrActs *a = mem_raw(1, sizeof *a);
+  size_t half = c->head_dim / 2, angles = times(c->context, half);
+  double step = tbr_log(c->rope_theta) / (double)half;
+  Extent part[ACTS];
+  acts_parts(a, c, rows, training, part);
+  a->block = mem_parts(part, ACTS);
   a->rows = rows;
   for (size_t i = 0; i < angles; i++) {
     double angle = (double)(i / half) * tbr_exp(-step * (double)(i % half));
@@ -4248,6 +4259,18 @@ static size_t training_check(const TbrTraining *o, const TbrSequences *s) {
   }
   size_t most = times(o->batch, longest);
   return most < o->rows ? most : longest > o->rows ? longest : o->rows;
+}
+
+size_t tbr_training_bytes(const TbrModel *m, size_t rows) {
+  const TbrConfig *c = &m->config;
+  TbrActs a;
+  Extent part[ACTS];
+  size_t longest = rows < c->context ? rows : c->context;
+  size_t n = times(4, m->n_params) + LOSS_ROWS * (5 * c->dim + c->vocab + 2) +
+             (size_t)threads() * attention_scratch(longest);
+  acts_parts(&a, c, rows, 1, part);
+  for (size_t i = 0; i < ACTS; i++) n += part[i].n;
+  return times(n, sizeof(real));
 }
 
 double tbr_train(TbrModel *model, const TbrTokenizer *tok,
@@ -6214,6 +6237,8 @@ static void verb_info(const TbrOptions *o) {
          c->heads, c->kv_heads, c->head_dim, c->hidden, c->context,
          c->tied ? "tied" : "own",
          (unsigned long long)tbr_digest(0, m->param, m->n_params));
+  printf("training takes %.0f MB at %zu rows\n",
+         (double)tbr_training_bytes(m, o->rows) * 1e-6, o->rows);
   for (size_t i = 0; i < m->n_tensors; i++)
     printf("%-48s %zu x %zu\n", m->tensor[i].name, m->tensor[i].rows,
            m->tensor[i].columns);

@@ -296,6 +296,9 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
                  const TbrSequences *s, const TbrTraining *options,
                  const char *directory, const char *label);
 
+/* The bytes of memory that tbr_train takes for `rows` tokens at a time. */
+size_t tbr_training_bytes(const TbrModel *model, size_t rows);
+
 /* ---- generation (chapter 10) ------------------------------------------- */
 
 typedef struct {

@@ -1,22 +1,36 @@
-/* bench.c: how fast this build is on this machine. Prints a table and writes
- * it as CSV to the file that the first argument names. */
+/* bench.c: how fast this build is on this machine, as lines of CSV.
+ *
+ *   bench THREADS            the machine and the matrix product; with
+ *                            -DOPENBLAS also as a share of OpenBLAS
+ *   bench THREADS WORKLOAD   one workload of the table below, and the memory
+ *                            it took (then predicted, where it is training)
+ */
 #include "../tbr.c"
+#ifndef _WIN32
+#include <sys/resource.h>
+#endif
+#ifdef OPENBLAS
+#include <cblas.h>
+#endif
 
-static FILE *csv;
-
-/* Prints one figure, and adds it to the CSV. */
+/* Prints one figure. */
 static void figure(const char *what, double value, const char *unit) {
-  printf("%-52s %10.1f %s\n", what, value, unit);
-  fprintf(csv, "\"%s\",%.6g,%s\n", what, value, unit);
+  printf("\"%s\",%.6g,%s\n", what, value, unit);
+}
+
+static int double_order(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
 }
 
 /* The fused multiply-adds that one core can do, in GFLOP/s: more chains than
  * the latency needs, all in registers. */
 static double peak(void) {
   enum { CHAINS = 10, ROUNDS = 2000000 };
-  real acc[CHAINS][NR], best = 0;
+  real acc[CHAINS][NR], sum = 0;
+  double best = 0;
   for (int c = 0; c < CHAINS; c++)
-    for (int j = 0; j < NR; j++) acc[c][j] = (real)(c + j);
+    for (int j = 0; j < NR; j++) acc[c][j] = (real)(c + j * j);
   for (int run = 0; run < 5; run++) {
     double t = now();
     for (int i = 0; i < ROUNDS; i++)
@@ -25,38 +39,101 @@ static double peak(void) {
         for (int j = 0; j < NR; j++)
           acc[c][j] = madd(acc[c][j], (real)0.9999999, (real)1e-7);
     double rate = 2.0 * CHAINS * NR * ROUNDS / (now() - t) * 1e-9;
-    if (rate > (double)best) best = (real)rate;
-  }
-  real sum = 0; /* so that nothing is optimised away */
-  for (int c = 0; c < CHAINS; c++) sum += acc[c][c];
-  return sum > -1 ? (double)best : 0;
-}
-
-/* The best GFLOP/s of C (m,n) += A (m,k) B (k,n) in a few runs. */
-static double product(size_t m, size_t n, size_t k, int ta, int tb) {
-  real *a = mem_new(m * k, sizeof *a), *b = mem_new(k * n, sizeof *b);
-  real *c = mem_new(m * n, sizeof *c);
-  double best = 0;
-  for (int run = 0; run < 12; run++) {
-    double t = now();
-    for (int i = 0; i < 4; i++) tbr_gemm(m, n, k, a, ta, b, tb, c);
-    double rate = 8.0 * (double)(m * n * k) / (now() - t) * 1e-9;
     if (rate > best) best = rate;
   }
+  for (int c = 0; c < CHAINS; c++) /* so that nothing is optimised away */
+    for (int j = 0; j < NR; j++) sum += acc[c][j];
+  return sum > -1 ? best : 0;
+}
+
+/* GB/s that one core reads from memory. */
+static double reading(void) {
+  size_t n = (size_t)1 << 26;
+  real *x = mem_raw(n, sizeof *x), sum = 0;
+  double best = 0;
+  for (size_t i = 0; i < n; i++) x[i] = 1;
+  for (int run = 0; run < 4; run++) {
+    double t = now();
+    sum += dot(x, x, n);
+    double rate = (double)(n * sizeof *x) / (now() - t) * 1e-9;
+    if (rate > best) best = rate;
+  }
+  free(x);
+  return sum > 0 ? best : 0;
+}
+
+/* The best GFLOP/s of C (m,n) += A (m,k) B (k,n) in many runs, and, if there
+ * is OpenBLAS, the median of the ratio to it, run by run. */
+static double product(size_t m, size_t n, size_t k, int ta, int tb,
+                      double *ratio) {
+  enum { RUNS = 25, EACH = 4 };
+  real *a = mem_new(m * k, sizeof *a), *b = mem_new(k * n, sizeof *b);
+  real *c = mem_new(m * n, sizeof *c);
+  double best = 0, share[RUNS] = {0};
+  for (int run = 0; run < RUNS; run++) {
+    double t = now(), ours;
+    for (int i = 0; i < EACH; i++) tbr_gemm(m, n, k, a, ta, b, tb, c);
+    ours = now() - t;
+    double rate = 2.0 * EACH * (double)(m * n * k) / ours * 1e-9;
+    if (rate > best) best = rate;
+#ifdef OPENBLAS
+    t = now();
+    for (int i = 0; i < EACH; i++)
+      cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans,
+                  tb ? CblasTrans : CblasNoTrans, (int)m, (int)n, (int)k, 1, a,
+                  (int)(ta ? m : k), b, (int)(tb ? k : n), 1, c, (int)n);
+    share[run] = (now() - t) / ours;
+#endif
+  }
+  qsort(share, RUNS, sizeof *share, double_order);
+  *ratio = share[RUNS / 2];
   free(a), free(b), free(c);
   return best;
 }
 
-static TbrModel *random_model(size_t dim, size_t layers, size_t heads,
-                              size_t hidden, size_t vocab) {
-  TbrConfig c = {vocab, dim, layers, heads, heads, dim / heads, hidden, 512,
-                 10000, 1e-5, 1};
-  TbrModel *m = tbr_model_new(&c);
-  tbr_model_init(m, 1);
-  return m;
+/* The machine and the product; a warning where that is far from the peak. */
+static void machine(void) {
+  static const size_t shape[][3] = {{768, 96, 96},     {768, 512, 96},
+                                    {1024, 288, 288},  {1024, 1536, 288},
+                                    {1024, 768, 768}};
+  static const char *const kind[] = {"NN", "NT", "TN"};
+  char what[80];
+  double top = peak(), worst = 1e9, ratio;
+  figure("threads", threads(), "");
+  figure("multiply-adds of one core, peak", top, "GFLOP/s");
+  figure("reading by one core", reading(), "GB/s");
+  for (size_t s = 0; s < sizeof shape / sizeof *shape; s++)
+    for (int k = 0; k < 3; k++) {
+      const size_t *x = shape[s];
+      double rate = product(x[0], x[1], x[2], k == 2, k == 1, &ratio);
+      snprintf(what, sizeof what, "product %s, %zu x %zu x %zu", kind[k], x[0],
+               x[1], x[2]);
+      figure(what, rate, "GFLOP/s");
+      if (ratio > 0) figure("  by that of OpenBLAS", ratio, "");
+      if (rate < worst) worst = rate;
+    }
+  if (worst < top * threads() / 2)
+    fprintf(stderr, "warning: the matrix product runs under half of the peak; "
+            "see \"If it is slow\" in README.md\n");
 }
 
-/* Tokens a second of forward, backward and AdamW. */
+/* train: `batch` windows of `tokens`, `steps` times; decode and evaluate:
+ * `batch` prompts of `prompt` tokens, up to 32 of them together in decode,
+ * answered with `tokens` each. */
+static const struct {
+  const char *name, *kind;
+  size_t dim, layers, heads, hidden, vocab, batch, tokens, steps, prompt;
+} workload[] = {
+    {"train-default", "train", 96, 3, 4, 256, 1536, 8, 96, 40, 0},
+    {"train-288", "train", 288, 6, 6, 768, 4096, 4, 256, 4, 0},
+    {"train-768", "train", 768, 12, 12, 2048, 32000, 4, 256, 1, 0},
+    {"decode-15M-1", "decode", 288, 6, 6, 768, 32000, 1, 256, 0, 1},
+    {"decode-15M-8", "decode", 288, 6, 6, 768, 32000, 8, 128, 0, 1},
+    {"decode-15M-32", "decode", 288, 6, 6, 768, 32000, 32, 64, 0, 1},
+    {"decode-110M-1", "decode", 768, 12, 12, 2048, 32000, 1, 64, 0, 1},
+    {"evaluate-default", "evaluate", 96, 3, 4, 256, 1536, 450, 40, 0, 24}};
+
+/* Tokens a second of forward, backward and AdamW, without the first step. */
 static double training(TbrModel *m, size_t batch, size_t window,
                        size_t steps) {
   TbrSequences s = {0};
@@ -67,69 +144,68 @@ static double training(TbrModel *m, size_t batch, size_t window,
       id[j] = (int32_t)rng_below(&rng, m->config.vocab);
     tbr_sequences_add(&s, id, id + 1, window);
   }
-  TbrTraining o = {.steps = steps, .batch = batch, .rows = batch * window,
+  TbrTraining o = {.steps = 1, .batch = batch, .rows = batch * window,
                    .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.98, .eps = 1e-8,
                    .clip = 1};
-  double t = now();
-  tbr_train(m, NULL, &s, &o, NULL, "");
-  t = now() - t;
+  double t = now(), once;
+  tbr_train(m, NULL, &s, &o, NULL, NULL);
+  once = now() - t, t = now();
+  o.steps = steps + 1;
+  tbr_train(m, NULL, &s, &o, NULL, NULL);
+  t = now() - t - once;
   tbr_sequences_free(&s);
   free(id);
   return (double)(steps * batch * window) / t;
 }
 
-/* New tokens a second for `n` prompts together. */
-static double decoding(const TbrModel *m, size_t n) {
+/* Tokens a second, new and (if prompts are long) read, without setting up. */
+static double decoding(const TbrModel *m, size_t n, size_t tokens,
+                       size_t prompt_tokens) {
   TbrTokens *prompt = mem_new(n, sizeof *prompt);
-  int32_t id = 1;
-  for (size_t i = 0; i < n; i++) prompt[i] = (TbrTokens){&id, 1, 1};
-  TbrSampling o = {0, 1, 128, {-1, -1}, 0};
-  double t = now();
+  int32_t id[64];
+  double t = now(), once;
+  for (int i = 0; i < 64; i++) id[i] = i;
+  for (size_t i = 0; i < n; i++)
+    prompt[i] = (TbrTokens){id, prompt_tokens, prompt_tokens};
+  TbrSampling o = {0, 1, 1, {-1, -1}, 0};
+  tbr_answers_free(tbr_generate(m, prompt, 1, &o, NULL), 1);
+  once = now() - t, t = now();
+  o.tokens = tokens;
   tbr_answers_free(tbr_generate(m, prompt, n, &o, NULL), n);
-  t = now() - t;
+  t = now() - t - once;
   free(prompt);
-  return (double)(n * o.tokens) / t;
+  return (double)(n * (tokens + prompt_tokens - 1)) / t;
+}
+
+/* Runs one workload. */
+static void run(const char *name) {
+  size_t i = 0, all = sizeof workload / sizeof *workload;
+  while (i < all && strcmp(workload[i].name, name)) i++;
+  if (i == all) tbr_fail("there is no workload \"%s\"", name);
+  size_t dim = workload[i].dim, heads = workload[i].heads;
+  size_t batch = workload[i].batch, tokens = workload[i].tokens;
+  TbrConfig c = {workload[i].vocab, dim, workload[i].layers, heads, heads,
+                 dim / heads, workload[i].hidden, 512, 10000, 1e-5, 1};
+  TbrModel *m = tbr_model_new(&c);
+  tbr_model_init(m, 1);
+  int train = !strcmp(workload[i].kind, "train");
+  figure(name, train ? training(m, batch, tokens, workload[i].steps)
+                     : decoding(m, batch, tokens, workload[i].prompt),
+         "tokens/s");
+#ifndef _WIN32
+  struct rusage u;
+  getrusage(RUSAGE_SELF, &u);
+  figure("  peak memory", (double)u.ru_maxrss / 1024, "MiB");
+#endif
+  if (train)
+    figure("  predicted",
+           (double)tbr_training_bytes(m, batch * tokens) / 1048576, "MiB");
+  tbr_model_free(m);
 }
 
 int main(int argc, char **argv) {
-  static const size_t shape[][3] = {{768, 96, 96},     {768, 512, 96},
-                                    {1024, 288, 288},  {1024, 1536, 288},
-                                    {1024, 768, 768}};
-  static const char *const kind[] = {"NN", "NT", "TN"};
-  char what[80];
-  csv = fopen(argc > 1 ? argv[1] : "bench.csv", "w");
-  if (!csv) tbr_fail("%s: cannot be written", argc > 1 ? argv[1] : "bench.csv");
-  tbr_threads(argc > 2 ? atoi(argv[2]) : 0);
-  fprintf(csv, "what,value,unit\n");
-  int team = threads();
-  double top = peak(), worst = 1e9;
-  snprintf(what, sizeof what, "threads");
-  figure(what, team, "");
-  figure("multiply-adds of one core, peak", top, "GFLOP/s");
-  for (size_t s = 0; s < sizeof shape / sizeof *shape; s++)
-    for (int k = 0; k < 3; k++) {
-      const size_t *x = shape[s];
-      double rate = product(x[0], x[1], x[2], k == 2, k == 1);
-      snprintf(what, sizeof what, "product %s, %zu x %zu x %zu", kind[k], x[0],
-               x[1], x[2]);
-      figure(what, rate, "GFLOP/s");
-      if (rate < worst) worst = rate;
-    }
-  TbrModel *small = random_model(96, 3, 4, 256, 1536);
-  TbrModel *large = random_model(288, 6, 6, 768, 4096);
-  figure("training 96 wide, 3 layers, 8 x 96", training(small, 8, 96, 60),
-         "tokens/s");
-  figure("training 288 wide, 6 layers, 4 x 256", training(large, 4, 256, 4),
-         "tokens/s");
-  for (size_t n = 1; n <= 32; n += n == 1 ? 7 : 24) {
-    snprintf(what, sizeof what, "decoding 288 wide, 6 layers, %zu together", n);
-    figure(what, decoding(large, n), "tokens/s");
-  }
-  tbr_model_free(small);
-  tbr_model_free(large);
-  if (worst < top * team / 2)
-    printf("warning: the matrix product runs under half of the peak; see "
-           "\"If it is slow\" in README.md\n");
-  if (fclose(csv)) tbr_fail("the CSV cannot be written to its end");
+  tbr_threads(argc > 1 ? atoi(argv[1]) : 0);
+  if (argc > 2) run(argv[2]);
+  else machine();
   return 0;
 }
