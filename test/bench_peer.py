@@ -74,7 +74,8 @@ def llama2c(shape, name, directory):
 
 
 def llmc(directory):
-    wide, layers, heads, vocab, padded, context = 768, 12, 12, 50257, 50304, 1024
+    wide, layers, heads, vocab = 768, 12, 12, 50257
+    padded, context = 50304, 1024
     with open(os.path.join(directory, "gpt2_124M.bin"), "wb") as f:
         header = [20240326, 3, context, vocab, layers, heads, wide, padded]
         f.write(struct.pack("<256i", *header, *[0] * (256 - len(header))))
