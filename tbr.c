@@ -47,6 +47,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
+#ifdef __wasi__
+#define getpid() 1 /* there are no others */
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else /* one thread, which is as if inside a parallel loop */
