@@ -728,13 +728,14 @@ static Mat gather(real *to, Mat a, size_t m, size_t k) {
 static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
                         real *c, size_t ldc, real *scratch) {
   real *pa = scratch, *pb = scratch + KC * MC;
-  for (size_t p = 0; p < k; p += KC, add = 1) {
-    size_t deep = k - p < KC ? k - p : KC;
+  size_t depth = b.column ? KC : k; /* what is packed is read straight on */
+  for (size_t p = 0; p < k; p += depth, add = 1) {
+    size_t deep = k - p < depth ? k - p : depth;
     for (size_t j = 0; j < n; j += NC) {
       size_t nj = n - j < NC ? n - j : NC;
       const real *bj = b.at + p * b.row + j * b.column;
       if (b.column) pack(pb, bj, nj, deep, b.column, b.row, NR), bj = pb;
-      else bj = b.at + j / NR * b.row + p * NR;
+      else bj = b.at + j / NR * b.row;
       for (size_t i = 0; i < m; i += MC) {
         size_t mi = m - i < MC ? m - i : MC;
         Mat ai = {a.at + i * a.row + p * a.column, a.row, a.column};

@@ -49,7 +49,7 @@ peer() {
     "$LLAMA2C" "out/$2.bin" -z out/tokenizer.bin -t 0 -n 256 2>&1 |
       tr '\r' '\n' | sed -n 's/.*achieved tok\/s: //p' ;;
   llmc)
-    (cd out && timeout 100 "$LLMC" 2>&1) |
+    (cd out && timeout 100 stdbuf -oL "$LLMC" 2>&1) |
       sed -n 's/^step [1-9].*took \([0-9.]*\) ms.*/\1/p' |
       median | awk '{print 4 * 64 * 1000 / $1}' ;;
   esac
