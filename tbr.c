@@ -5092,10 +5092,6 @@ static Pair pair_load(const char *model, const char *tokenizer) {
   Pair p = {tbr_model_load(model), NULL};
   p.tok = tbr_tokenizer_load(*tokenizer ? tokenizer : model,
                              p.model->config.vocab);
-  if (tbr_tokenizer_vocab(p.tok) > p.model->config.vocab)
-    tbr_fail("%s: the tokenizer has %zu tokens, the model only %zu; they "
-             "don't belong together", model, tbr_tokenizer_vocab(p.tok),
-             p.model->config.vocab);
   return p;
 }
 
