@@ -233,6 +233,11 @@ tokens = 6
 arm none safety=none
 arm sft reflection=none
 arm tbr reflection=safety
+arm asked of=tbr think=1
+arm ignorant mix=ignorant
+arm form by=form
+claim a | what is hardly trained refuses nothing | FR none < 0.5 & FR form - form < 1
+claim b | it refuses | FR form - form < 1 & FR none > 0.5
 END
 sed 's/out = a1/out = a2/' tiny.grid >tiny2.grid
 status 0 '' "$TBR" ablate tiny.grid --world "$here/../data" --seeds 2 --threads 1
@@ -247,6 +252,14 @@ for seed in 0 1; do
 done
 cmp -s a1/seed-0/tbr/model.safetensors a1/seed-1/tbr/model.safetensors && fail 'two seeds, one model' || pass
 cmp -s a1/seed-0/tbr/model.safetensors a1/seed-0/sft/model.safetensors && fail 'two arms, one model' || pass
+[ ! -f a1/seed-0/asked/model.safetensors ] && pass || fail 'an arm with of= was trained'
+grep -q '"prompt": "[^"]*\(look at\|think about\|consider\|weigh\)' a1/seed-0/asked/completions.jsonl && pass ||
+  fail 'think=1 does not ask'
+cmp -s a1/seed-0/base/model.safetensors a1/seed-0/base-*/model.safetensors && fail 'the ignorant base is the other one' || pass
+for words in 'arm less sft' 'false/true refusal, by seed' 'claim'; do
+  grep -q "^|.* $words" a1/report.md && pass || fail "report.md has no table of $words"
+done
+is "$(sed -n 's/^| [ab] |[^|]*| \([a-z ]*[a-z]\) .*/\1/p' a1/report.md | tr '\n' ,)" 'holds,does not hold,' 'claims'
 [ -f a1/report.md ] && pass || fail 'the report is not where the grid says: out = a1'
 is "$(grep -c . a1/results.jsonl)" "$(grep -c '"n": [0-9]' a1/results.jsonl)" 'lines of results with a count'
 
