@@ -627,31 +627,22 @@ static Mat transposed(const real *at, size_t row) {
   return m;
 }
 
-/* Copies one panel, tile x deep numbers, to[k][i]; `step` leads to the next
- * i, `along` to the next k. Inlined, so that tile is a constant. */
-static inline void pack_panel(real *to, const real *from, size_t tile,
-                              size_t deep, size_t step, size_t along) {
-  if (step == 1) {
-    for (size_t k = 0; k < deep; k++)
-      for (size_t i = 0; i < tile; i++) to[k * tile + i] = from[k * along + i];
-  } else {
-    for (size_t k = 0; k < deep; k++)
-      for (size_t i = 0; i < tile; i++)
-        to[k * tile + i] = from[i * step + k * along];
+/* Copies wide x deep numbers into panels of NR, to[k][i]; `step` leads from one
+ * i to the next, `along` from one k to the next. The last is filled up with
+ * zeros. */
+static void pack(real *to, const real *at, size_t wide, size_t deep,
+                 size_t step, size_t along) {
+  for (size_t p = 0; p < wide; p += NR, at += NR * step, to += NR * deep) {
+    size_t n = wide - p < NR ? wide - p : NR;
+    if (n < NR) memset(to, 0, NR * deep * sizeof *to);
+    if (n == NR && step == 1)
+      for (size_t k = 0; k < deep; k++)
+        memcpy(to + k * NR, at + k * along, NR * sizeof *to);
+    else
+      for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < deep; k++)
+          to[k * NR + i] = at[i * step + k * along];
   }
-}
-
-/* Copies wide x deep numbers into panels; the last is filled with zeros. */
-static inline void pack(real *to, const real *at, size_t wide, size_t deep,
-                        size_t step, size_t along, size_t tile) {
-  size_t p = 0;
-  for (; p + tile <= wide; p += tile, to += tile * deep)
-    pack_panel(to, at + p * step, tile, deep, step, along);
-  if (p == wide) return;
-  memset(to, 0, tile * deep * sizeof *to);
-  for (size_t i = 0; p + i < wide; i++)
-    for (size_t k = 0; k < deep; k++)
-      to[k * tile + i] = at[(p + i) * step + k * along];
 }
 
 /* c (rows,NR), which counts as zero unless `add`, += a (rows,deep) b (deep,
@@ -704,8 +695,9 @@ static void edge_kernel(size_t rows, size_t columns, size_t deep,
 static void gemm_block(size_t m, size_t n, size_t k, Mat a, const real *b,
                        size_t panel, int add, real *c, size_t ldc) {
   for (size_t j = 0; j < n; j += NR, b += panel)
-    for (size_t i = 0; i < m; i += MR) {
-      size_t rows = m - i < MR ? m - i : MR;
+    for (size_t i = 0, rows; i < m; i += rows) {
+      rows = m - i; /* the last two tiles are of nearly the same height */
+      rows = rows >= 2 * MR ? MR : rows > MR ? (rows + 1) / 2 : rows;
       const real *ai = a.at + i * a.row;
       real *to = c + i * ldc + j;
       if (n - j >= NR)
@@ -734,7 +726,7 @@ static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
     for (size_t j = 0; j < n; j += NC) {
       size_t nj = n - j < NC ? n - j : NC;
       const real *bj = b.at + p * b.row + j * b.column;
-      if (b.column) pack(pb, bj, nj, deep, b.column, b.row, NR), bj = pb;
+      if (b.column) pack(pb, bj, nj, deep, b.column, b.row), bj = pb;
       else bj = b.at + j / NR * b.row;
       for (size_t i = 0; i < m; i += MC) {
         size_t mi = m - i < MC ? m - i : MC;
@@ -4337,7 +4329,7 @@ typedef struct {
 /* Packs w^T, w (out,in), and moves *to behind it. */
 static Mat pack_weights(real **to, const real *w, size_t out, size_t in) {
   Mat m = {*to, in * NR, 0};
-  pack(*to, w, out, in, in, 1, NR);
+  pack(*to, w, out, in, in, 1);
   *to += packed(out) * in;
   return m;
 }
@@ -4419,9 +4411,9 @@ static int choice_order(const void *a, const void *b) {
 }
 
 static int32_t argmax(const real *z, size_t n) {
+  real max = largest(z, n);
   size_t best = 0;
-  for (size_t i = 1; i < n; i++)
-    if (z[i] > z[best]) best = i;
+  while (best + 1 < n && z[best] < max) best++;
   return (int32_t)best;
 }
 
