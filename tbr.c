@@ -2883,26 +2883,21 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
 }
 /* ---- third part: from examples to tokens and masks --------------------- */
 
-/* Sequences of tokens with their targets, one after another: what chapters 8
- * and 9 train on. Sequence i is first[i] .. first[i+1]-1. */
 void tbr_sequences_add(TbrSequences *s, const int32_t *id,
                        const int32_t *target, size_t n) {
-  size_t total = s->n ? s->first[s->n] : 0;
-  s->id = mem_grow(s->id, &s->id_cap, total + n, sizeof *s->id);
-  s->target = mem_grow(s->target, &s->target_cap, total + n,
-                       sizeof *s->target);
-  s->first = mem_grow(s->first, &s->first_cap, s->n + 2, sizeof *s->first);
-  if (!s->n) s->first[0] = 0;
-  memcpy(s->id + total, id, n * sizeof *id);
-  memcpy(s->target + total, target, n * sizeof *target);
-  s->first[++s->n] = total + n;
+  size_t all = s->tokens + n;
+  s->id = mem_grow(s->id, &s->cap[0], all, sizeof *s->id);
+  s->target = mem_grow(s->target, &s->cap[1], all, sizeof *s->target);
+  s->first = mem_grow(s->first, &s->cap[2], s->n + 2, sizeof *s->first);
+  memcpy(s->id + s->tokens, id, n * sizeof *id);
+  memcpy(s->target + s->tokens, target, n * sizeof *target);
+  s->first[s->n++] = s->tokens;
+  s->first[s->n] = s->tokens = all;
 }
 
 void tbr_sequences_free(TbrSequences *s) {
-  free(s->id);
-  free(s->target);
-  free(s->first);
-  memset(s, 0, sizeof *s);
+  free(s->id), free(s->target), free(s->first);
+  *s = (TbrSequences){0};
 }
 
 static void tokens_add(TbrTokens *t, int32_t id) {
@@ -3700,42 +3695,24 @@ static void layer_backward(const TbrConfig *c, const Layer *w, const Layer *g,
 
 /* ---- the loss ---------------------------------------------------------- */
 
-void tbr_batch_add(TbrBatch *b, const int32_t *id, const int32_t *target,
-                   size_t n) {
-  b->id = mem_grow(b->id, &b->id_cap, b->n + n, sizeof *b->id);
-  b->target = mem_grow(b->target, &b->target_cap, b->n + n, sizeof *b->target);
-  b->length = mem_grow(b->length, &b->length_cap, b->n_seq + 1,
-                       sizeof *b->length);
-  memcpy(b->id + b->n, id, n * sizeof *id);
-  memcpy(b->target + b->n, target, n * sizeof *target);
-  for (size_t i = 0; i < n; i++) b->n_targets += target[i] >= 0;
-  b->length[b->n_seq++] = n, b->n += n;
-}
-
-void tbr_batch_clear(TbrBatch *b) { b->n = b->n_seq = b->n_targets = 0; }
-
-void tbr_batch_free(TbrBatch *b) {
-  free(b->id), free(b->target), free(b->length);
-  *b = (TbrBatch){0};
-}
-
-/* The spans of a batch's sequences; fails if something doesn't fit. */
-static Span *batch_spans(const TbrModel *m, const TbrBatch *b, size_t rows) {
+/* Where the sequences are; fails if something doesn't fit. */
+static Span *spans_of(const TbrModel *m, const TbrSequences *s, size_t rows) {
   const TbrConfig *c = &m->config;
-  if (b->n > rows)
-    tbr_fail("a batch of %zu tokens doesn't fit into %zu rows", b->n, rows);
-  Span *spans = mem_new(b->n_seq, sizeof *spans);
-  for (size_t s = 0, row = 0; s < b->n_seq; row += b->length[s++]) {
-    spans[s] = (Span){row, b->length[s], 0, 0};
-    if (spans[s].n > c->context)
+  if (s->tokens > rows)
+    tbr_fail("a batch of %zu tokens doesn't fit into %zu rows", s->tokens,
+             rows);
+  Span *spans = mem_new(s->n, sizeof *spans);
+  for (size_t i = 0; i < s->n; i++) {
+    spans[i] = (Span){s->first[i], s->first[i + 1] - s->first[i], 0, 0};
+    if (spans[i].n > c->context)
       tbr_fail("a sequence of %zu tokens is longer than the model's context, "
-               "%zu", spans[s].n, c->context);
+               "%zu", spans[i].n, c->context);
   }
-  for (size_t i = 0; i < b->n; i++)
-    if (b->id[i] < 0 || (size_t)b->id[i] >= c->vocab ||
-        (b->target[i] >= 0 && (size_t)b->target[i] >= c->vocab))
+  for (size_t i = 0; i < s->tokens; i++)
+    if (s->id[i] < 0 || (size_t)s->id[i] >= c->vocab ||
+        (s->target[i] >= 0 && (size_t)s->target[i] >= c->vocab))
       tbr_fail("token %ld is outside the model's vocabulary of %zu: do model "
-               "and tokenizer belong together?", (long)b->id[i], c->vocab);
+               "and tokenizer belong together?", (long)s->id[i], c->vocab);
   return spans;
 }
 
@@ -3743,7 +3720,7 @@ enum { LOSS_ROWS = 256 }; /* rows whose logits exist at the same time */
 
 /* The summed cross entropy of the rows that have a target, a block of them
  * at a time; with grad, also its gradient, into grad and a->dx. */
-static double head_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
+static double head_loss(const TbrModel *m, TbrActs *a, const TbrSequences *s,
                         real *grad, real scale) {
   const TbrConfig *c = &m->config;
   size_t d = c->dim, row[LOSS_ROWS], n = 0, wide = times(LOSS_ROWS, d);
@@ -3756,13 +3733,13 @@ static double head_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
   real *block = mem_parts(part, sizeof part / sizeof *part);
   int32_t target[LOSS_ROWS];
   double sum = 0;
-  for (size_t i = 0; i < b->n; i++) {
-    if (b->target[i] >= 0) {
+  for (size_t i = 0; i < s->tokens; i++) {
+    if (s->target[i] >= 0) {
       memcpy(x + n * d, last + i * d, d * sizeof *x);
-      target[n] = b->target[i];
+      target[n] = s->target[i];
       row[n++] = i;
     }
-    if (n == 0 || (n < LOSS_ROWS && i + 1 < b->n)) continue;
+    if (n == 0 || (n < LOSS_ROWS && i + 1 < s->tokens)) continue;
     rmsnorm_forward(norm, rstd, x, gain, n, d, (real)c->norm_eps);
     linear_forward(logits, norm, transposed(w, d), n, d, c->vocab);
     cross_entropy(loss, logits, target, n, c->vocab, grad ? scale : 0);
@@ -3781,35 +3758,36 @@ static double head_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
   return sum;
 }
 
-double tbr_loss(const TbrModel *m, TbrActs *a, const TbrBatch *b,
+double tbr_loss(const TbrModel *m, TbrActs *a, const TbrSequences *s,
                 tbr_real *grad, double scale) {
   const TbrConfig *c = &m->config;
-  Span *spans = batch_spans(m, b, a->rows);
-  embedding_forward(a->x, m->param, b->id, b->n, c->dim);
+  Span *spans = spans_of(m, s, a->rows);
+  embedding_forward(a->x, m->param, s->id, s->tokens, c->dim);
   for (size_t l = 0; l < c->layers; l++) {
     Layer w = layer_at(c, m->param, l);
     Views v = layer_views(c, &w);
-    layer_forward(c, &w, &v, a, l, NULL, l, b->n, spans, b->n_seq);
+    layer_forward(c, &w, &v, a, l, NULL, l, s->tokens, spans, s->n);
   }
-  if (grad) memset(a->dx, 0, b->n * c->dim * sizeof *a->dx);
-  double loss = head_loss(m, a, b, grad, (real)scale);
+  if (grad) memset(a->dx, 0, s->tokens * c->dim * sizeof *a->dx);
+  double loss = head_loss(m, a, s, grad, (real)scale);
   for (size_t l = grad ? c->layers : 0; l-- > 0;) {
     Layer w = layer_at(c, m->param, l), g = layer_at(c, grad, l);
-    layer_backward(c, &w, &g, a, l, b->n, spans, b->n_seq);
+    layer_backward(c, &w, &g, a, l, s->tokens, spans, s->n);
   }
-  if (grad) embedding_backward(grad, a->dx, b->id, b->n, c->dim);
+  if (grad) embedding_backward(grad, a->dx, s->id, s->tokens, c->dim);
   free(spans);
   return loss;
 }
 
-void tbr_logits(const TbrModel *m, TbrActs *a, const TbrBatch *b,
+void tbr_logits(const TbrModel *m, TbrActs *a, const TbrSequences *s,
                 tbr_real *logits) {
   const TbrConfig *c = &m->config;
-  tbr_loss(m, a, b, NULL, 0);
+  tbr_loss(m, a, s, NULL, 0);
   rmsnorm_forward(a->norm, a->rstd1, a->x + c->layers * a->rows * c->dim,
-                  final_norm(c, m->param), b->n, c->dim, (real)c->norm_eps);
+                  final_norm(c, m->param), s->tokens, c->dim,
+                  (real)c->norm_eps);
   linear_forward(logits, a->norm, transposed(classifier(c, m->param), c->dim),
-                 b->n, c->dim, c->vocab);
+                 s->tokens, c->dim, c->vocab);
 }
 
 /* ---- files: a Hugging Face model directory ----------------------------- */
@@ -4106,7 +4084,7 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
              o->eps, o->decay, o->clip, (unsigned long long)o->seed);
   h = hash_bytes(h, b.s, b.n);
   buf_free(&b);
-  for (size_t i = 0; i < s->first[s->n]; i++)
+  for (size_t i = 0; i < s->tokens; i++)
     h = h * 0x100000001b3ULL ^ (uint64_t)(uint32_t)s->id[i] ^
         (uint64_t)(uint32_t)s->target[i] << 32;
   for (size_t i = 0; i < s->n; i++)
@@ -4221,18 +4199,18 @@ static double train_step(Trainer *t, TbrActs *acts, const TbrTraining *o,
   }
   double scale = 1.0 / (double)targets;
   memset(t->grad, 0, m->n_params * sizeof *t->grad);
-  TbrBatch b = {0};
+  TbrSequences b = {0};
   *tokens = 0;
   for (size_t i = 0; i < o->batch; i++) {
     size_t q = order_at(order, first + i), at = s->first[q];
     size_t len = s->first[q + 1] - at;
-    if (b.n && b.n + len > acts->rows)
-      loss += tbr_loss(m, acts, &b, t->grad, scale), tbr_batch_clear(&b);
-    tbr_batch_add(&b, s->id + at, s->target + at, len);
+    if (b.n && b.tokens + len > acts->rows)
+      loss += tbr_loss(m, acts, &b, t->grad, scale), b.n = b.tokens = 0;
+    tbr_sequences_add(&b, s->id + at, s->target + at, len);
     *tokens += len;
   }
   loss += tbr_loss(m, acts, &b, t->grad, scale);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   double norm = gradient_norm(t->grad, m->n_params);
   double lr = o->lr * schedule(o, t->step);
   double shrink = o->clip > 0 && norm > o->clip ? o->clip / norm : 1;
@@ -6045,15 +6023,15 @@ static uint64_t selftest(void) {
   int32_t id[] = {1, 2, 3, 4, 5};
   TbrTokens prompt = {id, 5, 5};
   TbrTokens *said = tbr_generate(m, &prompt, 1, &o, NULL);
-  TbrBatch b = {0};
-  tbr_batch_add(&b, said->id, said->id, said->n);
-  TbrActs *a = tbr_acts_new(m, b.n);
-  real *logits = mem_new(b.n * c.vocab, sizeof *logits);
+  TbrSequences b = {0};
+  tbr_sequences_add(&b, said->id, said->id, said->n);
+  TbrActs *a = tbr_acts_new(m, b.tokens);
+  real *logits = mem_new(b.tokens * c.vocab, sizeof *logits);
   tbr_logits(m, a, &b, logits);
-  digest = tbr_digest(digest, logits, b.n * c.vocab);
+  digest = tbr_digest(digest, logits, b.tokens * c.vocab);
   free(logits);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_answers_free(said, 1);
   tbr_sequences_free(&s);
   tbr_model_free(m);

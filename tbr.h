@@ -178,13 +178,13 @@ typedef struct {
   size_t n, cap;
 } TbrTokens;
 
-/* n sequences one after another; sequence i is first[i] .. first[i+1]-1.
- * target[j] is the token that should follow id[j], or -1 where the loss
- * doesn't count. Starts as {0}. */
+/* n sequences one after another, without padding; none sees another. Sequence
+ * i is first[i] .. first[i+1]-1 of all tokens. target[j] is the token that
+ * should follow id[j], or -1 where the loss doesn't count. Starts as {0}. */
 typedef struct {
-  size_t n, *first;
+  size_t n, tokens, *first;
   int32_t *id, *target;
-  size_t id_cap, target_cap, first_cap;
+  size_t cap[3];
 } TbrSequences;
 
 void tbr_sequences_add(TbrSequences *s, const int32_t *id,
@@ -245,20 +245,6 @@ TbrModel *tbr_model_load(const char *path);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos);
 
-/* Sequences that go through the model together, without padding; none sees
- * another. Starts as {0}. */
-typedef struct {
-  size_t n, n_seq, n_targets; /* tokens, sequences, tokens that count */
-  int32_t *id, *target;       /* n each */
-  size_t *length;             /* of each sequence */
-  size_t id_cap, target_cap, length_cap;
-} TbrBatch;
-
-void tbr_batch_add(TbrBatch *batch, const int32_t *id, const int32_t *target,
-                   size_t n);
-void tbr_batch_clear(TbrBatch *batch);
-void tbr_batch_free(TbrBatch *batch);
-
 /* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;
 TbrActs *tbr_acts_new(const TbrModel *model, size_t rows);
@@ -266,12 +252,12 @@ void tbr_acts_free(TbrActs *acts);
 
 /* The sum of -log p(target) over the tokens that count, in nats. With grad
  * (n_params, or NULL), adds scale times its gradient to grad. */
-double tbr_loss(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
-                tbr_real *grad, double scale);
+double tbr_loss(const TbrModel *model, TbrActs *acts,
+                const TbrSequences *batch, tbr_real *grad, double scale);
 
-/* logits (batch->n, vocab) of every token. */
-void tbr_logits(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
-                tbr_real *logits);
+/* logits (batch->tokens, vocab) of every token. */
+void tbr_logits(const TbrModel *model, TbrActs *acts,
+                const TbrSequences *batch, tbr_real *logits);
 
 /* ---- training (chapter 9) ---------------------------------------------- */
 

@@ -75,24 +75,25 @@ static TbrSequences golden_sequences(void) {
 }
 
 static void test_step(const TbrModel *m, const TbrSequences *s) {
-  TbrBatch b = {0};
-  size_t n;
+  TbrSequences b = {0};
+  size_t n, targets = 0;
   for (size_t i = 0; i < s->n; i++)
-    tbr_batch_add(&b, s->id + s->first[i], s->target + s->first[i],
+    tbr_sequences_add(&b, s->id + s->first[i], s->target + s->first[i],
                   s->first[i + 1] - s->first[i]);
-  TbrActs *a = tbr_acts_new(m, b.n);
+  TbrActs *a = tbr_acts_new(m, b.tokens);
   real *grad = mem_new(m->n_params, sizeof *grad);
-  real *z = mem_raw(b.n * m->config.vocab, sizeof *z);
+  real *z = mem_raw(b.tokens * m->config.vocab, sizeof *z);
   real *logits = read_golden("logits", &n), *loss = read_golden("loss", &n);
   tbr_logits(m, a, &b, z);
-  compare("logits", z, logits, b.n * m->config.vocab, 2e-6);
-  double scale = 1.0 / (double)b.n_targets;
+  compare("logits", z, logits, b.tokens * m->config.vocab, 2e-6);
+  for (size_t i = 0; i < b.tokens; i++) targets += b.target[i] >= 0;
+  double scale = 1.0 / (double)targets;
   double got = tbr_loss(m, a, &b, grad, scale) * scale;
   NEAR(got, loss[0], 1e-6 * (double)loss[0]);
   compare_all(m, grad, "grad.", 5e-6);
   free(grad), free(z), free(logits), free(loss);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
 }
 
 /* Compares what log.csv says of each step with PyTorch's. */

@@ -456,8 +456,8 @@ static void test_cache(void) {
   const int32_t *id = p[7].id;
   int32_t target[N];
   for (size_t i = 0; i < N; i++) target[i] = -1;
-  TbrBatch b = {0};
-  tbr_batch_add(&b, id, target, N);
+  TbrSequences b = {0};
+  tbr_sequences_add(&b, id, target, N);
   TbrActs *a = tbr_acts_new(m, N);
   real *z = mem_raw(N * VOCAB, sizeof *z);
   tbr_logits(m, a, &b, z);
@@ -480,7 +480,7 @@ static void test_cache(void) {
   decoder_free(d);
   free(z);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_answers_free(p, 8);
   tbr_model_free(m);
 }
