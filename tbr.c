@@ -1011,6 +1011,17 @@ static double json_number(const Json *in, const char *key, double otherwise) {
   return v ? v->number : otherwise;
 }
 
+static int json_true(const Json *in, const char *key) {
+  const Json *v = json_get(in, key);
+  return v && v->kind == JSON_TRUE;
+}
+
+/* Whether x is a whole number, which goes to *n; to 2^53 they are exact. */
+static int whole(double x, size_t *n) {
+  return x >= 0 && x <= 9007199254740992.0 && x < (double)SIZE_MAX &&
+         (double)(*n = (size_t)x) == x;
+}
+
 /* A member that is a string without zero bytes. */
 static const char *json_string(const Json *in, const char *key,
                                const char *otherwise) {
@@ -1112,20 +1123,18 @@ enum { F32, F16, BF16, ST_TYPES };
 static const struct { const char *name; size_t size; } st_type[ST_TYPES] = {
     {"F32", 4}, {"F16", 2}, {"BF16", 2}};
 
-/* A tensor in a file, named as in the header. A vector has one row; it lies
- * from at[0] to at[1] in the data. */
+/* A tensor in a file; a vector has one row. It lies from at[0] to at[1] in
+ * the data. */
 typedef struct {
   const char *name;
   size_t type, rows, columns, at[2];
 } StEntry;
 
-/* A file that was read; entry is in the order of the data. */
+/* A file that was read, with n tensors. */
 typedef struct {
-  const char *path; /* must stay until st_close */
   char *file, *data;
-  size_t n;
-  StEntry *entry;
   Json *header;
+  size_t n;
 } SafeTensors;
 
 /* The numbers of some tensors; in a file, the names of these stand behind the
@@ -1144,43 +1153,35 @@ static void buf_little_endian(Buf *b, uint64_t u, size_t n) {
   for (; n--; u >>= 8) buf_char(b, (int)(u & 255));
 }
 
-/* Takes the list of whole numbers, at most `most`, which the entry v must
- * have under that key; returns how many. */
-static size_t st_numbers(const Json *v, const char *key, size_t *to,
-                         size_t most) {
-  const Json *list = json_get(v, key), *d = v;
+/* Takes a list of up to two whole numbers; returns how many, 3 if v is no such
+ * list. */
+static size_t st_numbers(const Json *v, size_t to[2]) {
   size_t n = 0;
-  if (list && list->kind == JSON_ARRAY) d = list->child;
-  for (; d; d = d->next) {
-    double x = d->kind == JSON_NUMBER && n < most ? d->number : -1;
-    if (!(x >= 0 && x <= 0x1p53 && x < (double)SIZE_MAX) ||
-        (double)(to[n++] = (size_t)x) != x)
-      tbr_fail("%s: tensor \"%s\" should have up to %zu whole numbers from 0 "
-               "to 2^53 as \"%s\"", v->path, v->key, most, key);
-  }
+  if (!v || v->kind != JSON_ARRAY) return 3;
+  for (v = v->child; v; v = v->next)
+    if (n == 2 || v->kind != JSON_NUMBER || !whole(v->number, &to[n++]))
+      return 3;
   return n;
 }
 
-/* Reads one member of the header: its shape and type must need as many bytes
- * as its place has. In double this needs no check for overflow: what isn't
- * exact there is larger than any place. */
+/* Reads one member of the header: its place must be as long as its shape and
+ * type need. In double this needs no check for overflow: what isn't exact
+ * there is larger than any place. */
 static StEntry st_entry(const Json *v) {
   const char *dtype = json_string(v, "dtype", "");
-  StEntry e = {.name = v->key, .rows = 1, .columns = 1};
+  StEntry e = {.name = v->key};
+  size_t shape[2] = {1}, n = st_numbers(json_get(v, "shape"), shape);
+  size_t ends = st_numbers(json_get(v, "data_offsets"), e.at);
   while (e.type < ST_TYPES && strcmp(dtype, st_type[e.type].name)) e.type++;
-  if (e.type == ST_TYPES)
-    tbr_fail("%s: tensor \"%s\" has dtype \"%s\"; F32, F16 or BF16 would be "
-             "right", v->path, e.name, dtype);
-  size_t shape[2], n = st_numbers(v, "shape", shape, 2);
-  if (n) e.columns = shape[n - 1];
-  if (n == 2) e.rows = shape[0];
-  double bytes = (double)st_type[e.type].size * (double)e.rows *
-                 (double)e.columns;
-  if (st_numbers(v, "data_offsets", e.at, 2) != 2 ||
-      (double)e.at[1] - (double)e.at[0] != bytes)
-    tbr_fail("%s: tensor \"%s\" should have \"data_offsets\" that agree with "
-             "its \"shape\"; it needs %.0f bytes and lies at %zu..%zu",
-             v->path, e.name, bytes, e.at[0], e.at[1]);
+  e.rows = n == 2 ? shape[0] : 1;
+  e.columns = n == 2 ? shape[1] : shape[0];
+  if (e.type == ST_TYPES || n > 2 || ends != 2 ||
+      (double)e.at[1] - (double)e.at[0] !=
+          (double)st_type[e.type].size * (double)e.rows * (double)e.columns)
+    tbr_fail("%s: tensor \"%s\" of type \"%s\" should have F32, F16 or BF16 "
+             "as \"dtype\", up to two whole numbers as \"shape\", and two that "
+             "lie as far apart as these need as \"data_offsets\"", v->path,
+             v->key, dtype);
   return e;
 }
 
@@ -1195,8 +1196,8 @@ static int st_order(const void *a, const void *b) {
  * the rest of the file without holes or overlap. */
 static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
-  size_t size, at = 0;
-  st->path = path;
+  size_t size, at = 0, cap = 0;
+  StEntry *entry = NULL;
   st->file = read_file(path, &size);
   uint64_t n = size < 8 ? UINT64_MAX : little_endian(st->file, 8);
   if (n > 100000000 || n > size - 8)
@@ -1204,39 +1205,31 @@ static SafeTensors *st_open(const char *path) {
              "the file's %zu (is this safetensors?)", path, size);
   st->data = st->file + 8 + n;
   size -= 8 + (size_t)n;
-  char first = *st->data; /* which may be no end for a text */
-  *st->data = 0;
-  st->header = json_parse(st->file + 8, (size_t)n, path, 1);
-  *st->data = first;
+  memmove(st->file, st->file + 8, (size_t)n);
+  st->file[n] = 0; /* where a text must end */
+  st->header = json_parse(st->file, (size_t)n, path, 1);
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
-  const Json *v = st->header->child;
-  for (size_t cap = 0; v; v = v->next)
+  for (const Json *v = st->header->child; v; v = v->next)
     if (strcmp(v->key, "__metadata__")) {
-      st->entry = mem_grow(st->entry, &cap, st->n + 1, sizeof *st->entry);
-      st->entry[st->n++] = st_entry(v);
+      entry = mem_grow(entry, &cap, st->n + 1, sizeof *entry);
+      entry[st->n++] = st_entry(v);
     }
-  if (st->n) qsort(st->entry, st->n, sizeof *st->entry, st_order);
-  for (const StEntry *e = st->entry; e < st->entry + st->n; at = e++->at[1])
+  if (st->n) qsort(entry, st->n, sizeof *entry, st_order);
+  for (const StEntry *e = entry; e < entry + st->n; at = e++->at[1])
     if (e->at[0] != at)
       tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
                path, e->name, e->at[0], at);
   if (at != size)
     tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at, size,
              size < at ? " (is the file truncated?)" : "");
+  free(entry);
   return st;
 }
 
 static void st_close(SafeTensors *st) {
   json_free(st->header);
-  free(st->entry), free(st->file), free(st);
-}
-
-/* The tensor of that name, or NULL. */
-static const StEntry *st_find(const SafeTensors *st, const char *name) {
-  for (size_t i = 0; i < st->n; i++)
-    if (!strcmp(st->entry[i].name, name)) return &st->entry[i];
-  return NULL;
+  free(st->file), free(st);
 }
 
 /* The number that a half-precision float's bits stand for. */
@@ -1258,8 +1251,23 @@ static const char *read_numbers(real *to, const char *from, size_t type,
   return from;
 }
 
-static void st_read(const SafeTensors *st, const StEntry *e, real *to) {
-  read_numbers(to, st->data + e->at[0], e->type, e->rows * e->columns);
+/* Reads the n tensors of each block, which must have the same shapes in the
+ * file; those of a block that is NULL are only checked. */
+static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
+                    const Block *block, size_t n_blocks) {
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *t = &tensor[i % n];
+    char *name = format_string("%s%s", block[i / n].prefix, t->name);
+    const Json *v = json_get(st->header, name);
+    StEntry e = v ? st_entry(v) : (StEntry){0};
+    if (e.rows != t->rows || e.columns != t->columns)
+      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers",
+               st->header->path, name, t->rows, t->columns);
+    if (block[i / n].at)
+      read_numbers(block[i / n].at + t->at, st->data + e.at[0], e.type,
+                   e.rows * e.columns);
+    free(name);
+  }
 }
 
 /* Writes the n tensors of each block as F32; metadata is a JSON object. */
@@ -3792,11 +3800,6 @@ void tbr_logits(const TbrModel *m, TbrActs *a, const TbrSequences *s,
 
 /* ---- files: a Hugging Face model directory ----------------------------- */
 
-static int json_true(const Json *object, const char *key) {
-  const Json *v = json_get(object, key);
-  return v && v->kind == JSON_TRUE;
-}
-
 /* What config.json says; fails if that is something that this model cannot
  * do. */
 static TbrConfig config_read(const char *path) {
@@ -3819,10 +3822,9 @@ static TbrConfig config_read(const char *path) {
     tbr_fail("%s: scaled rotary embedding is not supported", path);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
-    double x = json_number(json, key, config_size[i].otherwise);
-    if (!(x >= 0 && x < (double)SIZE_MAX) || x != (double)(size_t)x)
+    if (!whole(json_number(json, key, config_size[i].otherwise),
+               config_at(&c, i)))
       tbr_fail("%s: \"%s\" is missing or no whole number", path, key);
-    *config_at(&c, i) = (size_t)x;
   }
   if (!c.kv_heads) c.kv_heads = c.heads;
   if (!c.head_dim && c.heads) c.head_dim = c.dim / c.heads;
@@ -3832,24 +3834,6 @@ static TbrConfig config_read(const char *path) {
   json_free(json);
   config_check(&c, path);
   return c;
-}
-
-/* Reads blocks, whose tensors must have the model's shapes; those that are
- * NULL are only checked. */
-static void blocks_read(SafeTensors *st, const TbrModel *m, const Block *block,
-                        size_t n_blocks) {
-  for (size_t i = 0; i < n_blocks * m->n_tensors; i++) {
-    const TbrTensor *t = &m->tensor[i % m->n_tensors];
-    const Block *b = &block[i / m->n_tensors];
-    char *name = format_string("%s%s", b->prefix, t->name);
-    const StEntry *e = st_find(st, name);
-    if (!e) tbr_fail("%s: has no tensor \"%s\"", st->path, name);
-    if (e->rows != t->rows || e->columns != t->columns)
-      tbr_fail("%s: tensor \"%s\" has another shape than config.json says, "
-               "which is %zu x %zu", st->path, name, t->rows, t->columns);
-    if (b->at) st_read(st, e, b->at + t->at);
-    free(name);
-  }
 }
 
 void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
@@ -3961,9 +3945,9 @@ TbrModel *tbr_model_load(const char *path) {
   if (c.layers > st->n / LAYER_TENSORS)
     tbr_fail("%s: has no tensors for %zu layers", weights, c.layers);
   TbrModel *m = model_shape(&c);
-  blocks_read(st, m, &(Block){"", NULL}, 1); /* before it takes memory */
+  st_read(st, m->tensor, m->n_tensors, &(Block){"", NULL}, 1);
   m->param = mem_raw(m->n_params, sizeof *m->param);
-  blocks_read(st, m, &(Block){"", m->param}, 1);
+  st_read(st, m->tensor, m->n_tensors, &(Block){"", m->param}, 1);
   st_close(st);
   free(config), free(weights);
   return m;
@@ -4119,7 +4103,7 @@ static void trainer_resume(Trainer *t) {
   if (!strcmp(json_string(is, "training", ""), t->mark)) {
     Block block[] = {
         {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
-    blocks_read(st, t->model, block, 3);
+    st_read(st, t->model->tensor, t->model->n_tensors, block, 3);
     t->step = (size_t)strtoull(json_string(is, "step", "0"), NULL, 10);
     buf_clear(&t->log);
     buf_str(&t->log, json_string(is, "log", ""));
