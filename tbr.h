@@ -309,21 +309,19 @@ void tbr_answers_free(TbrTokens *answer, size_t n);
  * "arditi" for phrases anywhere (Arditi et al., 2024). */
 int tbr_refuses(const char *answer, const char *rule);
 
-typedef struct {
-  int refusal;
-  int compliance;     /* no refusal, not empty, and the key in it, if any */
-  int exact;          /* just the expected response */
-  int reflected;
-  int against_itself; /* reflects that it is harmless, and refuses */
-} TbrJudgement;
-TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
-                       const char *answer, const char *rule);
-
-/* Counts for one arm, seed, label and type. */
+/* What is judged of an answer, and counted for one arm, seed, label and type:
+ * that it is one; refuses; complies, which is no refusal, not empty, and the
+ * key in it, if any; neither; is just the expected response; reflected; and
+ * reflected that it is harmless, and refuses. */
 enum {
   TBR_N, TBR_REFUSAL, TBR_COMPLIANCE, TBR_NEITHER, TBR_EXACT, TBR_REFLECTED,
   TBR_AGAINST_ITSELF, TBR_COUNTS
 };
+
+/* Sets each of these to 0 or 1. */
+void tbr_judge(const TbrExample *e, const char *reflection, const char *answer,
+               const char *rule, size_t is[TBR_COUNTS]);
+
 typedef struct {
   char arm[48], label[24], type[48];
   uint64_t seed;

@@ -136,7 +136,7 @@ static void test_mask(void) {
   /* A zero byte doesn't end what a model says. */
   int32_t said[] = {6 + 'a', 6, 6 + 'b'};
   char *reflection, *answer = split_answer(
-      tok, &(Marks){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
+      tok, (int32_t[MARKS]){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
   SAME(answer, "a\xff" "b");
   free(answer);
   tbr_tokenizer_free(tok);
