@@ -2057,42 +2057,39 @@ static void set_label(TbrExample *e, const Json *row) {
       "homonyms", "figurative_language", "safe_targets", "safe_contexts",
       "definitions", "nons_group_real_discr", "real_group_nons_discr",
       "historical_events", "privacy_public", "privacy_fictional"};
-  const char *type = e->type ? e->type : "";
-  size_t k = 0;
-  if (!e->label && !strncmp(type, "contrast_", 9))
-    e->label = copy_string("unsafe");
-  for (; k < 10 && !e->label; k++)
-    if (!strcmp(type, safe_type[k])) e->label = copy_string("safe");
-  if (!e->label) return;
-  for (k = 0; k < 5 && strcmp(e->label, known[k][0]);) k++;
-  if (k == 5)
+  const char *label = e->label, *type = e->type ? e->type : "";
+  if (!label && !strncmp(type, "contrast_", 9)) label = "unsafe";
+  for (size_t k = 0; k < 10 && !label; k++)
+    if (!strcmp(type, safe_type[k])) label = "safe";
+  for (size_t k = 0; k < 5 && label; k++)
+    if (!strcmp(label, known[k][0])) {
+      free(e->label);
+      e->label = copy_string(known[k][1]);
+      return;
+    }
+  if (label)
     tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
              "pseudo-harmful, and XSTest's safe and unsafe", row->path,
-             row->line, e->label);
-  free(e->label);
-  e->label = copy_string(known[k][1]);
+             row->line, label);
 }
 
 /* Takes the turns of a chat into an example. */
 static void take_turns(TbrExample *e, const Json *list) {
   const char *before = NULL;
   for (const Json *turn = list->child; turn; turn = turn->next) {
-    const char *role = json_string(turn, "role", NULL);
+    const char *role = json_string(turn, "role", "");
     const char *content = json_string(turn, "content", NULL);
-    if (!role || !content)
-      tbr_fail("%s:%zu: a turn should be {\"role\": ..., \"content\": ...}",
-               turn->path, turn->line);
-    if (!strcmp(role, "system") && !before && !e->prompt)
+    if (content && !strcmp(role, "system") && !before && !e->prompt)
       before = content;
-    else if (!strcmp(role, "user") && !e->prompt)
+    else if (content && !strcmp(role, "user") && !e->prompt)
       e->prompt = format_string("%s%s%s", before ? before : "",
                                 before ? "\n\n" : "", content);
-    else if (!strcmp(role, "assistant") && e->prompt && !e->response)
+    else if (content && !strcmp(role, "assistant") && e->prompt && !e->response)
       e->response = copy_string(content);
     else
-      tbr_fail("%s:%zu: a turn of \"%.20s\" isn't expected here; a chat has "
-               "a system turn or none, one of user, one of assistant or "
-               "none", turn->path, turn->line, role);
+      tbr_fail("%s:%zu: a turn should be {\"role\": ..., \"content\": ...}, "
+               "first of system or none, then one of user, then one of "
+               "assistant or none", turn->path, turn->line);
   }
 }
 
@@ -2100,9 +2097,8 @@ static void take_turns(TbrExample *e, const Json *list) {
  * turns of a chat for a prompt or response, or a number for an id. */
 static void take(TbrExample *e, const Json *row, const char *key, char **to) {
   const Json *v = json_get(row, key);
-  int turns = to == &e->prompt || to == &e->response;
   if (!v || v->kind == JSON_NULL) return;
-  if (v->kind == JSON_ARRAY && turns) {
+  if (v->kind == JSON_ARRAY && (to == &e->prompt || to == &e->response)) {
     take_turns(e, v);
     return;
   }
@@ -2119,9 +2115,6 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
                                         {"instruction", "output"}};
   const Json *messages = json_get(row, "messages");
   TbrExample e = {0};
-  if (row->kind != JSON_OBJECT)
-    tbr_fail("%s:%zu: an example should be an object {...}", row->path,
-             row->line);
   for (size_t f = 1; f < EXAMPLE_FIELDS; f++)
     take(&e, row, example_field[f].name, example_at(&e, f));
   if (messages && messages->kind == JSON_ARRAY) take_turns(&e, messages);
@@ -2137,10 +2130,10 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
     e.prompt = prompt;
   }
   if (!e.prompt || !*e.prompt)
-    tbr_fail("%s:%zu: row without `prompt`; known forms are {prompt, "
-             "reflection, response}, {instruction, input, output}, "
-             "{question, response}, {messages}, {prompt, completion} and "
-             "CSV with a column `prompt`", row->path, row->line);
+    tbr_fail("%s:%zu: row without `prompt`; an example should be {prompt, "
+             "reflection, response}, {instruction, input, output}, {question, "
+             "response}, {messages}, {prompt, completion}, or of CSV with a "
+             "column `prompt`", row->path, row->line);
   split_reflection(&e, row);
   set_label(&e, row);
   examples_take(list, e);
@@ -2168,16 +2161,15 @@ TbrExamples tbr_examples_read(const char *path) {
 
 /* Adds prompt, reflection and response as turns of a chat. */
 static void json_turns(Buf *b, const TbrExample *e) {
-  buf_str(b, "\"messages\": [{\"role\": \"user\"");
-  json_field(b, "content", e->prompt);
   const char *think = e->reflection, *answer = e->response;
   if (think && strstr(think, "</think>"))
     tbr_fail("a reflection has </think> in it, so it can't stand within "
              "<think>: %.60s", think);
+  buf_str(b, "\"messages\": [{\"role\": \"user\"");
+  json_field(b, "content", e->prompt);
   if (answer || think) {
-    const char *open = think ? "<think>" : "";
-    const char *close = think ? "</think>" : "";
-    char *turn = format_string("%s%s%s%s", open, think ? think : "", close,
+    char *turn = format_string("%s%s%s%s", think ? "<think>" : "",
+                               think ? think : "", think ? "</think>" : "",
                                answer ? answer : "");
     buf_str(b, "}, {\"role\": \"assistant\"");
     json_field(b, "content", turn);

@@ -76,7 +76,7 @@ static void test_bad_examples(void) {
   SAYS("without \\u0000", read_text("{\"prompt\": \"a\\u0000b\"}"));
   SAYS("row without `output`", read_text("{\"instruction\": \"a\"}"));
   SAYS("row without `response`", read_text("{\"question\": \"a\"}"));
-  SAYS("examples:1: a turn of \"user\"",
+  SAYS("examples:1: a turn should be",
         read_text("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"},"
                   "{\"role\": \"user\", \"content\": \"a\"}]}"));
   SAYS("a turn should be",
@@ -90,7 +90,7 @@ static void test_bad_examples(void) {
   SAYS("beside a reflection",
         read_text("{\"prompt\": \"a\", \"reflection\": \"x\", "
                   "\"response\": \"<think>b</think>c\"}"));
-  SAYS("examples:1: an example should be", read_text("[1]"));
+  SAYS("examples:1: row without `prompt`; an example should be {", read_text("[1]"));
   SAYS("no example", read_text("[]"));
   SAYS("no example", read_text("prompt,type\n"));
   SAYS("examples:2", read_text("type,label\na,safe\n"));
