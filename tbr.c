@@ -1356,49 +1356,77 @@ static uint64_t *map_put(Map *m, uint64_t key) {
  * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* A token's name is how tokenizer.json spells its bytes; its rank is that of
- * the first merge that makes it, from 1 on, or 0. */
+/* Its rank is that of the first merge that makes it, from 1 on, or 0. */
 typedef struct {
-  Buf name, bytes;
+  Buf bytes;
   int kind;
   size_t rank;
 } Token;
 
-/* Two tokens that become one. */
-typedef struct {
-  int32_t left, right;
-} Merge;
-
 struct TbrTokenizer {
-  int pieces;        /* SentencePiece's kind, not byte-level */
+  int pieces;      /* SentencePiece's kind, not byte-level */
   Token *token;
   size_t n, cap, merge_cap;
-  Map names;         /* from the hash of a name to its token + 1 */
-  int32_t byte[256]; /* the token of a byte, + 1 */
-  Merge *merge;      /* in the order of the file; pairs.n of them */
-  Map pairs;         /* from pair_of to rank << 32 | id; the lowest first */
+  Map ids;         /* from token_key to the token + 1 */
+  uint64_t *merge; /* pairs, in the order of the file; pairs.n of them */
+  Map pairs;       /* from pair_of to rank << 32 | id; the lowest first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
 static uint64_t pair_of(int32_t left, int32_t right) {
   return (uint64_t)((uint32_t)left + 1) << 32 | ((uint32_t)right + 1);
 }
+static size_t pair_left(uint64_t pair) { return (size_t)(pair >> 32) - 1; }
+static size_t pair_right(uint64_t pair) { return (pair & UINT32_MAX) - 1; }
 
-/* The key of a name in the map: its hash, or the next that is its own. */
-static uint64_t name_key(const TbrTokenizer *t, const char *name, size_t n) {
-  uint64_t key = hash_bytes(HASH_START, name, n) | 1, id;
-  for (; (id = map_get(&t->names, key)) != 0; key += 2) {
-    const Buf *other = &t->token[id - 1].name;
-    if (other->n == n && !memcmp(other->s, name, n)) break;
+/* The key of a token in the map: the hash of its bytes, or the next that is
+ * its own. Texts and special tokens must differ; bytes are apart from both. */
+static uint64_t token_key(const TbrTokenizer *t, int kind, const char *bytes,
+                          size_t n) {
+  uint64_t key = hash_bytes(HASH_START + (kind == BYTE), bytes, n) | 1, id;
+  for (; (id = map_get(&t->ids, key)) != 0; key += 2) {
+    const Token *k = &t->token[id - 1];
+    if ((k->kind == BYTE) == (kind == BYTE) && k->bytes.n == n &&
+        !memcmp(k->bytes.s, bytes, n)) break;
   }
   return key;
 }
 
-/* The token of that kind and name, or SIZE_MAX. */
-static size_t token_find(const TbrTokenizer *t, int kind, const char *name,
+/* The token of that kind and bytes, or SIZE_MAX. */
+static size_t token_find(const TbrTokenizer *t, int kind, const char *bytes,
                          size_t n) {
-  size_t id = (size_t)map_get(&t->names, name_key(t, name, n)) - 1;
+  size_t id = (size_t)map_get(&t->ids, token_key(t, kind, bytes, n)) - 1;
   return id != SIZE_MAX && t->token[id].kind == kind ? id : SIZE_MAX;
+}
+
+/* The token of a byte that is in no longer one. */
+static size_t byte_find(const TbrTokenizer *t, char byte) {
+  return token_find(t, t->pieces ? BYTE : TEXT, &byte, 1);
+}
+
+/* Appends a token, which must be new; path is for the message. In pieces,
+ * the texts <0x00> and so on are bytes. */
+static size_t token_add(TbrTokenizer *t, int kind, const char *bytes, size_t n,
+                        const char *path) {
+  Token k = {.kind = kind};
+  char own[8];
+  buf_add(&k.bytes, bytes, n);
+  unsigned byte = n == 6 ? strtoul(k.bytes.s + 3, NULL, 16) & 255u : 0;
+  snprintf(own, sizeof own, "<0x%02X>", byte);
+  if (t->pieces && kind == TEXT && !strcmp(k.bytes.s, own)) {
+    k.kind = BYTE;
+    *k.bytes.s = (char)byte, k.bytes.n = 1;
+  }
+  uint64_t *id =
+      map_put(&t->ids, token_key(t, k.kind, k.bytes.s, k.bytes.n));
+  if (!n || *id || t->n >= INT32_MAX - 1)
+    tbr_fail("%s: token %zu, \"%.300s\", is there twice, or one too many, or "
+             "should be one or more characters of %s", path, t->n, k.bytes.s,
+             t->pieces ? "UTF-8" : "GPT-2's byte alphabet");
+  t->token = mem_grow(t->token, &t->cap, t->n + 1, sizeof k);
+  t->token[t->n++] = k;
+  *id = t->n;
+  return t->n - 1;
 }
 
 /* GPT-2's printable character for a byte: itself if it is printable in
@@ -1409,69 +1437,50 @@ static uint32_t byte_letter(unsigned byte) {
   return byte == 173 ? 323 : byte;
 }
 
-/* Adds the bytes that a name stands for, none if it is no name. In pieces,
- * U+2581 is a blank. */
-static void spell(Buf *b, const Buf *name, int pieces) {
-  unsigned byte;
-  for (size_t i = 0, step; i < name->n; i += step) {
-    uint32_t code = 0;
-    step = utf8_decode(name->s + i, name->n - i, &code);
-    for (byte = 0; byte < 256 && byte_letter(byte) != code;) byte++;
-    if (!step || (!pieces && byte == 256)) {
-      buf_clear(b);
-      return;
-    }
-    if (pieces && code != 0x2581) buf_add(b, name->s + i, step);
-    else buf_char(b, pieces ? ' ' : (int)byte);
+/* Adds the bytes that a name in tokenizer.json stands for; returns whether it
+ * is a name. In pieces, U+2581 is a blank. */
+static int add_bytes(Buf *b, int pieces, const char *name, size_t n) {
+  uint32_t code;
+  for (size_t step; n; name += step, n -= step) {
+    unsigned byte = 0;
+    if (!(step = utf8_decode(name, n, &code))) return 0;
+    while (!pieces && byte < 256 && byte_letter(byte) != code) byte++;
+    if (byte == 256) return 0;
+    if (!pieces) buf_char(b, (int)byte);
+    else if (code == 0x2581) buf_char(b, ' ');
+    else buf_add(b, name, step);
   }
+  return 1;
 }
 
-/* Appends a token, whose name must be new; path is for the message. In
- * pieces, texts of the names <0x00> and so on are bytes. */
-static size_t token_add(TbrTokenizer *t, int kind, const char *name, size_t n,
+/* Adds the token of a name in a file, none if it is no name. */
+static void token_named(TbrTokenizer *t, int kind, const char *name, size_t n,
                         const char *path) {
-  uint64_t *id = map_put(&t->names, name_key(t, name, n));
-  Token k = {.kind = kind};
-  char own[8];
-  buf_add(&k.name, name, n);
-  if (*id || t->n >= INT32_MAX - 1)
-    tbr_fail("%s: token %zu, \"%.300s\", is there twice, or one too many", path,
-             t->n, k.name.s);
-  unsigned byte = n == 6 ? strtoul(k.name.s + 3, NULL, 16) & 255u : 0;
-  snprintf(own, sizeof own, "<0x%02X>", byte);
-  if (t->pieces && kind == TEXT && !strcmp(k.name.s, own)) k.kind = BYTE;
-  if (k.kind == SPECIAL) buf_add(&k.bytes, name, n);
-  else if (k.kind == BYTE) buf_char(&k.bytes, (int)byte);
-  else spell(&k.bytes, &k.name, t->pieces);
-  if (!k.bytes.n)
-    tbr_fail("%s: token %zu should be one or more characters of %s", path, t->n,
-             t->pieces ? "UTF-8" : "GPT-2's byte alphabet");
-  t->token = mem_grow(t->token, &t->cap, t->n + 1, sizeof k);
-  t->token[t->n++] = k;
-  *id = t->n;
-  if (k.kind == BYTE || (!t->pieces && k.kind == TEXT && k.bytes.n == 1))
-    t->byte[(unsigned char)*k.bytes.s] = (int32_t)t->n;
-  return t->n - 1;
+  Buf b = {0};
+  if (kind == SPECIAL) buf_add(&b, name, n);
+  else if (!add_bytes(&b, t->pieces, name, n)) buf_clear(&b);
+  token_add(t, kind, b.n ? b.s : "", b.n, path);
+  buf_free(&b);
 }
 
-/* Appends the merge of two tokens, whose names are a name's first `cut` bytes
- * and the rest, to that of the whole name; returns 0 if one of the three is no
- * token. Of a merge that comes twice the first counts. All merges that make
- * the same piece share a rank, so that the leftmost goes first, as in
- * SentencePiece. */
-static int merge_add(TbrTokenizer *t, const char *name, size_t n, size_t cut) {
-  size_t left = token_find(t, TEXT, name, cut);
-  size_t right = token_find(t, TEXT, name + cut, n - cut);
-  size_t id = token_find(t, TEXT, name, n);
+/* Appends the merge of two tokens, whose bytes are the first `cut` and the
+ * rest, to that of them all; returns 0 if one of the three is no token. Of a
+ * merge that comes twice the first counts. All merges that make the same piece
+ * share a rank, so that the leftmost goes first, as in SentencePiece. */
+static int merge_add(TbrTokenizer *t, const char *bytes, size_t n,
+                     size_t cut) {
+  size_t left = token_find(t, TEXT, bytes, cut);
+  size_t right = token_find(t, TEXT, bytes + cut, n - cut);
+  size_t id = token_find(t, TEXT, bytes, n);
   if (left == SIZE_MAX || right == SIZE_MAX || id == SIZE_MAX) return 0;
-  Merge m = {(int32_t)left, (int32_t)right};
-  uint64_t *value = map_put(&t->pairs, pair_of(m.left, m.right));
+  uint64_t pair = pair_of((int32_t)left, (int32_t)right);
+  uint64_t *value = map_put(&t->pairs, pair);
   if (*value) return 1;
   Token *whole = &t->token[id];
   if (!t->pieces || !whole->rank) whole->rank = t->pairs.n;
   *value = (uint64_t)whole->rank << 32 | id;
-  t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof m);
-  t->merge[t->pairs.n - 1] = m;
+  t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof pair);
+  t->merge[t->pairs.n - 1] = pair;
   return 1;
 }
 
@@ -1498,10 +1507,6 @@ const char *tbr_token(const TbrTokenizer *t, int32_t id, size_t *n) {
   return token->bytes.s;
 }
 
-int tbr_token_special(const TbrTokenizer *t, int32_t id) {
-  return token_at(t, id)->kind == SPECIAL;
-}
-
 int32_t tbr_special(const TbrTokenizer *t, const char *name) {
   size_t id = token_find(t, SPECIAL, name, strlen(name));
   if (id != SIZE_MAX) return (int32_t)id;
@@ -1509,18 +1514,10 @@ int32_t tbr_special(const TbrTokenizer *t, const char *name) {
   return strcmp(name, "<|eos|>") ? -1 : tbr_special(t, "</s>");
 }
 
-void tbr_tokenizer_add_special(TbrTokenizer *t, const char *name) {
-  size_t n = strlen(name);
-  if (tbr_special(t, name) >= 0 || map_get(&t->names, name_key(t, name, n)))
-    tbr_fail("\"%s\" is a token already", name);
-  token_add(t, SPECIAL, name, n, name);
-}
-
 void tbr_tokenizer_free(TbrTokenizer *t) {
   if (!t) return;
-  for (size_t i = 0; i < t->n; i++)
-    buf_free(&t->token[i].name), buf_free(&t->token[i].bytes);
-  free(t->token), free(t->names.slot);
+  for (size_t i = 0; i < t->n; i++) buf_free(&t->token[i].bytes);
+  free(t->token), free(t->ids.slot);
   free(t->merge), free(t->pairs.slot), free(t);
 }
 
@@ -1546,17 +1543,15 @@ static size_t word_length(const char *s, size_t n) {
  * and the bytes of those that are no token. Returns how many. */
 static size_t symbols_of(const TbrTokenizer *t, const char *s, size_t n,
                          int32_t *to) {
-  size_t count = 0;
-  for (const char *end = s + n; s < end; s += n) {
-    uint32_t code = 0x2581; /* in a text, this is not the blank it stands for */
-    size_t id = SIZE_MAX;
-    n = t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
-    if (code == ' ') id = token_find(t, TEXT, "\xe2\x96\x81", 3);
-    else if (code != 0x2581) id = token_find(t, TEXT, s, n);
+  size_t count = 0, step;
+  for (const char *end = s + n; s < end; s += step) {
+    uint32_t code;
+    step = t->pieces ? utf8_decode(s, (size_t)(end - s), &code) : 1;
+    step += !step;
+    size_t id = token_find(t, TEXT, s, step);
     if (id != SIZE_MAX) to[count++] = (int32_t)id;
-    n += !n;
-    for (size_t i = 0; id == SIZE_MAX && i < n; i++)
-      to[count++] = t->byte[(unsigned char)s[i]] - 1;
+    for (size_t i = 0; id == SIZE_MAX && i < step; i++)
+      to[count++] = (int32_t)byte_find(t, s[i]);
   }
   return count;
 }
@@ -1620,66 +1615,64 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   return b.s;
 }
 
-/* A text to learn from: the symbols of its different words, a -1 before each
- * and at the end; how often each word comes; and how often each pair. */
+/* A text to learn from: the symbols of its different words, before each and at
+ * the end minus how often it comes; and how often each pair of them does. */
 typedef struct {
-  int32_t *symbol;
+  int64_t *symbol;
   size_t n;
-  uint64_t *times;
   Map pairs;
 } Corpus;
 
 /* Counts a pair so many times; modulo 2^64, so -x takes x off. */
-static void count_pair(Corpus *c, int32_t left, int32_t right,
+static void count_pair(Corpus *c, int64_t left, int64_t right,
                        uint64_t times) {
   if (left < 0 || right < 0) return;
-  *map_put(&c->pairs, pair_of(left, right)) += times;
+  *map_put(&c->pairs, pair_of((int32_t)left, (int32_t)right)) += times;
 }
 
 /* The corpus of a text, when each byte b is token 6 + b. Its words are held
- * as the special tokens of a tokenizer of their own. */
+ * as the special tokens of a tokenizer of their own, whose ranks count them. */
 static Corpus corpus_read(const char *text, size_t n) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
-  size_t cap = 0, symbols = 1;
   Corpus c = {0};
+  size_t symbols = 1;
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(text + at, n - at);
     size_t w = token_find(words, SPECIAL, text + at, length);
     if (w == SIZE_MAX) {
       w = token_add(words, SPECIAL, text + at, length, "a text's words");
-      c.times = mem_grow(c.times, &cap, w + 1, sizeof *c.times);
-      c.times[w] = 0;
       symbols += length + 1;
     }
-    c.times[w]++;
+    words->token[w].rank++;
   }
   c.symbol = mem_raw(symbols, sizeof *c.symbol);
-  c.symbol[c.n++] = -1;
-  for (size_t w = 0; w < words->n; w++, c.symbol[c.n++] = -1)
-    for (size_t i = 0; i < words->token[w].bytes.n; i++, c.n++) {
-      c.symbol[c.n] = 6 + (unsigned char)words->token[w].bytes.s[i];
-      count_pair(&c, c.symbol[c.n - 1], c.symbol[c.n], c.times[w]);
+  for (const Token *w = words->token; w < words->token + words->n; w++) {
+    c.symbol[c.n++] = -(int64_t)w->rank;
+    for (size_t i = 0; i < w->bytes.n; i++, c.n++) {
+      c.symbol[c.n] = 6 + (unsigned char)w->bytes.s[i];
+      count_pair(&c, c.symbol[c.n - 1], c.symbol[c.n], w->rank);
     }
+  }
+  c.symbol[c.n++] = -1;
   tbr_tokenizer_free(words);
   return c;
 }
 
 /* Replaces a pair by id in all words, and keeps the counts. */
-static void corpus_merge(Corpus *c, int32_t left, int32_t right, int32_t id) {
-  int32_t *to = c->symbol + 1, *end = c->symbol + c->n;
-  const uint64_t *times = c->times;
-  for (const int32_t *from = to; from < end; from++) {
-    if (*from == left && from[1] == right) {
-      count_pair(c, to[-1], left, -*times);
-      count_pair(c, left, right, -*times);
-      count_pair(c, right, from[2], -*times);
-      count_pair(c, to[-1], id, *times);
-      count_pair(c, id, from[2], *times);
-      *to++ = id;
-      from++;
+static void corpus_merge(Corpus *c, int64_t left, int64_t right, int64_t id) {
+  int64_t *to = c->symbol, *end = c->symbol + c->n;
+  uint64_t times = 0;
+  for (const int64_t *s = to; s < end; s++) {
+    if (*s < 0) times = (uint64_t)-*s;
+    if (*s == left && s[1] == right) {
+      count_pair(c, to[-1], left, -times);
+      count_pair(c, left, right, -times);
+      count_pair(c, right, s[2], -times);
+      count_pair(c, to[-1], id, times);
+      count_pair(c, id, s[2], times);
+      *to++ = id, s++;
     } else {
-      times += *from < 0;
-      *to++ = *from;
+      *to++ = *s;
     }
   }
   c->n = (size_t)(to - c->symbol);
@@ -1688,7 +1681,7 @@ static void corpus_merge(Corpus *c, int32_t left, int32_t right, int32_t id) {
 /* The most frequent pair, of equal ones the lowest; 0 if none comes twice. */
 static uint64_t corpus_best(const Corpus *c) {
   struct Slot best = {0, 1}, *s = c->pairs.slot;
-  for (size_t i = 0; i < c->pairs.slots; i++, s++)
+  for (const struct Slot *end = s + c->pairs.slots; s < end; s++)
     if (s->value > best.value || (s->value == best.value && s->key < best.key))
       best = *s;
   return best.key;
@@ -1711,33 +1704,32 @@ static int marks_of(const TbrTokenizer *t, int32_t mark[MARKS]) {
 void tbr_tokenizer_add_marks(TbrTokenizer *t) {
   for (size_t i = 0; i < MARKS; i++)
     if (tbr_special(t, mark_name[i]) < 0)
-      tbr_tokenizer_add_special(t, mark_name[i]);
+      token_add(t, SPECIAL, mark_name[i], strlen(mark_name[i]), "a tokenizer");
 }
 
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  Buf name = {0};
   if (vocab < 262 || vocab > INT32_MAX - 1)
     tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
              "ones and every byte", vocab);
   if (!n) tbr_fail("there is no text to learn a tokenizer from: it is empty");
   tbr_tokenizer_add_marks(t);
-  for (unsigned i = 0; i < 256; i++, buf_clear(&name)) {
-    buf_utf8(&name, byte_letter(i));
-    token_add(t, TEXT, name.s, name.n, "a new tokenizer");
-  }
+  for (int i = 0; i < 256; i++)
+    token_add(t, TEXT, &(char){(char)i}, 1, "a tokenizer");
   Corpus c = corpus_read(text, n);
+  Buf both = {0};
   for (uint64_t pair; t->n < vocab && (pair = corpus_best(&c)) != 0;) {
-    size_t left = (size_t)(pair >> 32) - 1, right = (pair & UINT32_MAX) - 1;
-    buf_clear(&name);
-    buf_printf(&name, "%s%s", t->token[left].name.s, t->token[right].name.s);
-    size_t id = token_find(t, TEXT, name.s, name.n);
-    if (id == SIZE_MAX) id = token_add(t, TEXT, name.s, name.n, "");
-    merge_add(t, name.s, name.n, t->token[left].name.n);
-    corpus_merge(&c, (int32_t)left, (int32_t)right, (int32_t)id);
+    size_t left = pair_left(pair), right = pair_right(pair);
+    const Buf *a = &t->token[left].bytes, *b = &t->token[right].bytes;
+    size_t cut = a->n;
+    buf_clear(&both);
+    buf_add(&both, a->s, cut), buf_add(&both, b->s, b->n);
+    size_t id = token_find(t, TEXT, both.s, both.n);
+    if (id == SIZE_MAX) id = token_add(t, TEXT, both.s, both.n, "a tokenizer");
+    merge_add(t, both.s, both.n, cut);
+    corpus_merge(&c, (int64_t)left, (int64_t)right, (int64_t)id);
   }
-  buf_free(&name);
-  free(c.symbol), free(c.times), free(c.pairs.slot);
+  buf_free(&both), free(c.symbol), free(c.pairs.slot);
   return t;
 }
 
@@ -1798,38 +1790,38 @@ static void json_tokens(TbrTokenizer *t, const Json *root) {
   v = v && v->kind == JSON_OBJECT ? v->child : NULL;
   s = s ? s->child : NULL;
   for (size_t id = 0; v || s; id++) {
-    const Json *sure = json_get(s, "special");
     int text = v && v->kind == JSON_NUMBER && v->number == (double)id;
     int special = s && json_number(s, "id", -1) == (double)id;
-    const char *name = text ? v->key : NULL;
-    if (special) name = json_string(s, "content", "");
-    if (!name || !*name || (text && strcmp(v->key, name)) ||
-        (special && (!sure || sure->kind != JSON_TRUE)))
+    const char *name = special ? json_string(s, "content", "")
+                     : text ? v->key : "";
+    if (!*name || (text && strcmp(v->key, name)) ||
+        (special && !json_true(s, "special")))
       tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order, "
                "and added tokens should have \"special\": true and a \"content"
                "\"; near here %zu doesn't, is missing or is there twice",
                root->path, special || !v ? s->line : v->line, id);
-    token_add(t, special ? SPECIAL : TEXT, name, strlen(name), root->path);
+    token_named(t, special ? SPECIAL : TEXT, name, strlen(name), root->path);
     if (text) v = v->next;
     if (special) s = s->next;
   }
 }
 
-/* Adds the merges. */
+/* Adds the merges: "a b" or ["a", "b"]. */
 static void json_merges(TbrTokenizer *t, const Json *merges) {
   Buf b = {0};
   for (const Json *m = merges ? merges->child : NULL; m; m = m->next) {
     const Json *l = m->child, *r = l ? l->next : NULL;
     int two = r && l->kind == JSON_STRING && r->kind == JSON_STRING;
     const char *left = two ? l->string : m->string ? m->string : "";
-    size_t cut = two ? strlen(left) : strcspn(left, " ");
+    size_t n = two ? strlen(left) : strcspn(left, " "), cut;
+    const char *right = two ? r->string : left + n + (left[n] != 0);
     buf_clear(&b);
-    buf_add(&b, left, cut);
-    buf_str(&b, two ? r->string : left + cut + (left[cut] != 0));
-    if (!merge_add(t, b.s, b.n, cut))
+    if (!add_bytes(&b, t->pieces, left, n) || (cut = b.n) == 0 ||
+        !add_bytes(&b, t->pieces, right, strlen(right)) ||
+        !merge_add(t, b.s, b.n, cut))
       tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
-               "\"]; this has a part or makes a whole, \"%.300s\", which is no "
-               "token", m->path, m->line, b.s);
+               "\"]; this has a part or makes a whole, \"%.300s%.300s\", which "
+               "is no token", m->path, m->line, left, right);
   }
   buf_free(&b);
 }
@@ -1837,10 +1829,9 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
 static TbrTokenizer *load_json(const char *path) {
   Json *root = json_read(path);
   const Json *model = json_get(root, "model");
-  const Json *fallback = json_get(model, "byte_fallback");
   TbrTokenizer *t = mem_new(1, sizeof *t);
   Buf form = {0};
-  t->pieces = fallback && fallback->kind == JSON_TRUE;
+  t->pieces = json_true(model, "byte_fallback");
   buf_char(&form, '{');
   add_json(&form, json_form[t->pieces]);
   buf_str(&form, "}}");
@@ -1865,79 +1856,83 @@ static int by_number(const void *a, const void *b) {
 /* llama2.c's file: for each token a score, a length and bytes. Whatever two
  * tokens make a third can be merged, the best score first, and of equal ones
  * the lowest token, which a list of merges can say. */
-static TbrTokenizer *load_bin(const char *path, size_t vocab) {
+static TbrTokenizer *load_bin(const char *path) {
   static const char *const special[] = {"<unk>", "<s>", "</s>"};
-  size_t size, at = 4, cap = 0;
+  size_t size, cap = 0, n;
   char *file = read_file(path, &size);
   TbrTokenizer *t = mem_new(1, sizeof *t);
   uint64_t *order = NULL; /* the score, the best lowest, above the token */
-  Buf name = {0};
   t->pieces = 1;
-  while (vocab ? t->n < vocab : at < size) {
-    size_t id = t->n, n = 0;
-    if (at + 8 <= size) n = (size_t)little_endian(file + at + 4, 4);
-    if (at + 8 > size || size - at - 8 < n)
-      tbr_fail("%s: ends too early, in token %zu at byte %zu (is the file "
-               "truncated, or of another model?)", path, id, at);
-    uint32_t u = (uint32_t)little_endian(file + at, 4);
-    if (n > 256 || (u & 0x7f800000u) == 0x7f800000u)
-      tbr_fail("%s: token %zu at byte %zu is %zu bytes long; at most 256 are "
-               "supported; or its score is not a finite number", path, id, at,
-               n);
+  for (size_t at = 4, id = 0; at < size; at += n, id++) {
+    uint64_t head = size - at < 8 ? UINT64_MAX : little_endian(file + at, 8);
+    uint32_t score = (uint32_t)head;
+    n = (size_t)(head >> 32), at += 8;
+    if (n > 256 || at + n > size || (score & 0x7f800000u) == 0x7f800000u)
+      tbr_fail("%s: token %zu at byte %zu should be a finite score, a length "
+               "of at most 256, and as many bytes (is the file truncated?)",
+               path, id, at - 8);
     order = mem_grow(order, &cap, id + 1, sizeof *order);
-    order[id] = (uint64_t)(u >> 31 ? u : 0x7fffffffu - u) << 32 | id;
-    buf_clear(&name);
-    for (at += 8; n--; at++)
-      if (file[at] == ' ') buf_utf8(&name, 0x2581);
-      else buf_char(&name, file[at]);
-    if (id < 3) tbr_tokenizer_add_special(t, special[id]);
-    else token_add(t, TEXT, name.n ? name.s : "", name.n, path);
+    score = score >> 31 ? score : 0x7fffffffu - score;
+    order[id] = (uint64_t)score << 32 | id;
+    if (id < 3) token_add(t, SPECIAL, special[id], strlen(special[id]), path);
+    else token_named(t, TEXT, file + at, n, path);
   }
-  if (at < size)
-    tbr_fail("%s: holds more tokens than the %zu of the model (is it of "
-             "another model?)", path, vocab);
   if (t->n) qsort(order, t->n, sizeof *order, by_number);
   for (size_t i = 0; i < t->n; i++) {
-    const Buf *whole = &t->token[order[i] & UINT32_MAX].name;
+    const Buf *whole = &t->token[order[i] & UINT32_MAX].bytes;
     for (size_t cut = 1; cut < whole->n; cut++)
       merge_add(t, whole->s, whole->n, cut);
   }
-  buf_free(&name), free(order), free(file);
+  free(order), free(file);
   return t;
 }
 
 TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   char *inside = path_in(path, "tokenizer.json");
   const char *file = file_exists(inside) ? inside : path;
-  TbrTokenizer *t = ends_with(file, ".json") ? load_json(file)
-                                             : load_bin(file, vocab);
-  if (vocab && t->n > vocab)
-    tbr_fail("%s: has %zu tokens, the model only %zu (is it of another model?)",
+  int json = ends_with(file, ".json");
+  TbrTokenizer *t = json ? load_json(file) : load_bin(file);
+  if (vocab && (json ? t->n > vocab : t->n != vocab))
+    tbr_fail("%s: has %zu tokens, the model %zu (is it of another model?)",
              file, t->n, vocab);
   for (unsigned i = 0; i < 256; i++)
-    if (!t->byte[i])
+    if (byte_find(t, (char)i) == SIZE_MAX)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported", file, i);
   free(inside);
   return t;
 }
 
-/* Adds JSON, and a name as a JSON string. */
-static void add_name(Buf *b, const char *before, const Buf *name) {
+/* Adds JSON, and a string of the names of n tokens, a blank between them. */
+static void add_names(Buf *b, const char *before, const TbrTokenizer *t,
+                      const size_t *id, size_t n) {
+  Buf name = {0};
+  for (size_t i = 0; i < n; i++) {
+    const Token *k = &t->token[id[i]];
+    if (i) buf_char(&name, ' ');
+    for (const char *c = k->bytes.s; c < k->bytes.s + k->bytes.n; c++)
+      if (k->kind == BYTE) buf_printf(&name, "<0x%02X>", (unsigned char)*c);
+      else if (k->kind == TEXT && !t->pieces)
+        buf_utf8(&name, byte_letter((unsigned char)*c));
+      else if (k->kind == TEXT && *c == ' ') buf_utf8(&name, 0x2581);
+      else buf_char(&name, *c);
+  }
   add_json(b, before);
-  json_quote(b, name->s, name->n);
+  json_quote(b, name.s, name.n);
+  buf_free(&name);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
-  int32_t bos = tbr_special(t, "<|bos|>"), eos = tbr_special(t, "<|eos|>");
-  Buf b = {0}, both = {0};
+  int32_t mark[MARKS];
+  int any = 0;
+  Buf b = {0};
   make_directory(directory);
   add_json(&b, "{'version':'1.0','truncation':null,'padding':null,"
                "'added_tokens':[");
-  for (size_t i = 0, any = 0; i < t->n; i++) {
+  for (size_t i = 0; i < t->n; i++) {
     if (t->token[i].kind != SPECIAL) continue;
     buf_printf(&b, "%s\n{\"id\":%zu", any++ ? "," : "", i);
-    add_name(&b, ",'content':", &t->token[i].name);
+    add_names(&b, ",'content':", t, &i, 1);
     add_json(&b, ",'single_word':false,'lstrip':false,'rstrip':false,"
                  "'normalized':false,'special':true}");
   }
@@ -1945,29 +1940,29 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
   add_json(&b, json_form[t->pieces]);
   add_json(&b, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
   for (size_t i = 0; i < t->n; i++) {
-    add_name(&b, i ? ",\n" : "\n", &t->token[i].name);
+    add_names(&b, i ? ",\n" : "\n", t, &i, 1);
     buf_printf(&b, ":%zu", i);
   }
   add_json(&b, "},\n'merges':[");
   for (size_t i = 0; i < t->pairs.n; i++) {
-    const Merge *m = &t->merge[i];
-    buf_clear(&both);
-    buf_printf(&both, "%s %s", t->token[m->left].name.s,
-               t->token[m->right].name.s);
-    add_name(&b, i ? ",\n" : "\n", &both);
+    size_t pair[] = {pair_left(t->merge[i]), pair_right(t->merge[i])};
+    add_names(&b, i ? ",\n" : "\n", t, pair, 2);
   }
   buf_str(&b, "]}}\n");
   write_in(directory, "tokenizer.json", b.s, b.n);
   buf_clear(&b);
   add_json(&b, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
                "  'clean_up_tokenization_spaces': false");
-  if (bos >= 0) add_name(&b, ",\n  'bos_token': ", &t->token[bos].name);
-  if (eos >= 0) add_name(&b, ",\n  'eos_token': ", &t->token[eos].name);
-  if (tbr_special(t, "<|user|>") >= 0 && tbr_special(t, "<|assistant|>") >= 0)
+  marks_of(t, mark);
+  for (size_t i = BOS, id; i <= EOS; i++)
+    if ((id = (size_t)mark[i]) < t->n)
+      add_names(&b, i == BOS ? ",\n  'bos_token': " : ",\n  'eos_token': ", t,
+                &id, 1);
+  if (mark[USER] >= 0 && mark[ASSISTANT] >= 0)
     buf_printf(&b, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&b, "\n}\n");
   write_in(directory, "tokenizer_config.json", b.s, b.n);
-  buf_free(&both), buf_free(&b);
+  buf_free(&b);
 }
 /* ======================================================================
  * Chapter 6: data

@@ -100,15 +100,12 @@ size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
                  size_t *n);
 
-/* The bytes of one token (of a special one its name), and whether it is
- * special. */
+/* The bytes of one token (of a special one its name). */
 const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
-int tbr_token_special(const TbrTokenizer *tok, int32_t id);
 
 /* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
  * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
-void tbr_tokenizer_add_special(TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
 /* ---- examples (chapter 6) ---------------------------------------------- */
