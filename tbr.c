@@ -1615,73 +1615,46 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   return b.s;
 }
 
-/* A text to learn from: the symbols of its different words, before each and at
- * the end minus how often it comes; and how often each pair of them does. */
-typedef struct {
-  int64_t *symbol;
-  size_t n;
-  Map pairs;
-} Corpus;
-
-/* Counts a pair so many times; modulo 2^64, so -x takes x off. */
-static void count_pair(Corpus *c, int64_t left, int64_t right,
-                       uint64_t times) {
-  if (left < 0 || right < 0) return;
-  *map_put(&c->pairs, pair_of((int32_t)left, (int32_t)right)) += times;
-}
-
-/* The corpus of a text, when each byte b is token 6 + b. Its words are held
- * as the special tokens of a tokenizer of their own, whose ranks count them. */
-static Corpus corpus_read(const char *text, size_t n) {
+/* The symbols of a text's different words, where byte b is token 6 + b; before
+ * each word minus how often it comes. Words are held as the special tokens of
+ * a tokenizer of their own, whose ranks count them. */
+static int64_t *corpus_read(const char *text, size_t n, size_t *symbols) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
-  Corpus c = {0};
-  size_t symbols = 1;
+  *symbols = 0;
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(text + at, n - at);
     size_t w = token_find(words, SPECIAL, text + at, length);
     if (w == SIZE_MAX) {
       w = token_add(words, SPECIAL, text + at, length, "a text's words");
-      symbols += length + 1;
+      *symbols += length + 1;
     }
     words->token[w].rank++;
   }
-  c.symbol = mem_raw(symbols, sizeof *c.symbol);
+  int64_t *symbol = mem_raw(*symbols, sizeof *symbol), *to = symbol;
   for (const Token *w = words->token; w < words->token + words->n; w++) {
-    c.symbol[c.n++] = -(int64_t)w->rank;
-    for (size_t i = 0; i < w->bytes.n; i++, c.n++) {
-      c.symbol[c.n] = 6 + (unsigned char)w->bytes.s[i];
-      count_pair(&c, c.symbol[c.n - 1], c.symbol[c.n], w->rank);
-    }
+    *to++ = -(int64_t)w->rank;
+    for (size_t i = 0; i < w->bytes.n; i++)
+      *to++ = 6 + (unsigned char)w->bytes.s[i];
   }
-  c.symbol[c.n++] = -1;
   tbr_tokenizer_free(words);
-  return c;
+  return symbol;
 }
 
-/* Replaces a pair by id in all words, and keeps the counts. */
-static void corpus_merge(Corpus *c, int64_t left, int64_t right, int64_t id) {
-  int64_t *to = c->symbol, *end = c->symbol + c->n;
-  uint64_t times = 0;
-  for (const int64_t *s = to; s < end; s++) {
-    if (*s < 0) times = (uint64_t)-*s;
-    if (*s == left && s[1] == right) {
-      count_pair(c, to[-1], left, -times);
-      count_pair(c, left, right, -times);
-      count_pair(c, right, s[2], -times);
-      count_pair(c, to[-1], id, times);
-      count_pair(c, id, s[2], times);
-      *to++ = id, s++;
-    } else {
-      *to++ = *s;
-    }
-  }
-  c->n = (size_t)(to - c->symbol);
-}
-
-/* The most frequent pair, of equal ones the lowest; 0 if none comes twice. */
-static uint64_t corpus_best(const Corpus *c) {
-  struct Slot best = {0, 1}, *s = c->pairs.slot;
-  for (const struct Slot *end = s + c->pairs.slots; s < end; s++)
+/* The most frequent pair, of equal ones the lowest; 0 if none comes twice.
+ * Pairs are counted anew each time, which is fast enough for some megabytes
+ * of text; their map is empty, but for its memory. */
+static uint64_t corpus_best(const int64_t *symbol, size_t n, Map *pairs) {
+  struct Slot best = {0, 1}, *s = pairs->slot;
+  int64_t times = 0;
+  if (s) memset(s, 0, pairs->slots * sizeof *s);
+  pairs->n = 0;
+  for (size_t i = 0; i + 1 < n; i++)
+    if (symbol[i] < 0) times = -symbol[i];
+    else if (symbol[i + 1] >= 0)
+      *map_put(pairs, pair_of((int32_t)symbol[i], (int32_t)symbol[i + 1])) +=
+          (uint64_t)times;
+  s = pairs->slot;
+  for (const struct Slot *end = s + pairs->slots; s < end; s++)
     if (s->value > best.value || (s->value == best.value && s->key < best.key))
       best = *s;
   return best.key;
@@ -1716,20 +1689,27 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
   tbr_tokenizer_add_marks(t);
   for (int i = 0; i < 256; i++)
     token_add(t, TEXT, &(char){(char)i}, 1, "a tokenizer");
-  Corpus c = corpus_read(text, n);
+  int64_t *symbol = corpus_read(text, n, &n);
+  Map pairs = {0};
   Buf both = {0};
-  for (uint64_t pair; t->n < vocab && (pair = corpus_best(&c)) != 0;) {
-    size_t left = pair_left(pair), right = pair_right(pair);
+  for (uint64_t pair; t->n < vocab; buf_clear(&both)) {
+    if (!(pair = corpus_best(symbol, n, &pairs))) break;
+    size_t left = pair_left(pair), right = pair_right(pair), to = 0;
     const Buf *a = &t->token[left].bytes, *b = &t->token[right].bytes;
     size_t cut = a->n;
-    buf_clear(&both);
     buf_add(&both, a->s, cut), buf_add(&both, b->s, b->n);
     size_t id = token_find(t, TEXT, both.s, both.n);
     if (id == SIZE_MAX) id = token_add(t, TEXT, both.s, both.n, "a tokenizer");
     merge_add(t, both.s, both.n, cut);
-    corpus_merge(&c, (int64_t)left, (int64_t)right, (int64_t)id);
+    for (size_t i = 0; i < n; i++) { /* the pair becomes one in all words */
+      symbol[to++] = symbol[i];
+      if (symbol[i] == (int64_t)left && i + 1 < n &&
+          symbol[i + 1] == (int64_t)right)
+        symbol[to - 1] = (int64_t)id, i++;
+    }
+    n = to;
   }
-  buf_free(&both), free(c.symbol), free(c.pairs.slot);
+  buf_free(&both), free(symbol), free(pairs.slot);
   return t;
 }
 
