@@ -1762,6 +1762,18 @@ static int json_holds(const Json *have, const Json *want) {
   return want->kind != JSON_ARRAY || !h;
 }
 
+/* Fails unless a value holds all that a form does, JSON with ' for ". */
+static void json_must(const Json *root, const char *form, const char *known) {
+  Buf b = {0};
+  add_json(&b, form);
+  Json *want = json_parse(b.s, b.n, "form", 1);
+  for (const Json *w = want->child, *have; w; w = w->next)
+    if (!json_holds(have = json_get(root, w->key), w))
+      tbr_fail("%s:%zu: this \"%s\" is not supported; %s", root->path,
+               have ? have->line : root->line, w->key, known);
+  buf_free(&b), json_free(want);
+}
+
 /* Adds the tokens of tokenizer.json. Both lists must be in the order of the
  * ids, as Hugging Face writes them; a special token may be in both. */
 static void json_tokens(TbrTokenizer *t, const Json *root) {
@@ -1810,20 +1822,13 @@ static TbrTokenizer *load_json(const char *path) {
   Json *root = json_read(path);
   const Json *model = json_get(root, "model");
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  Buf form = {0};
   t->pieces = json_true(model, "byte_fallback");
-  buf_char(&form, '{');
-  add_json(&form, json_form[t->pieces]);
-  buf_str(&form, "}}");
-  Json *want = json_parse(form.s, form.n, "form", 1);
-  for (const Json *w = want->child, *have; w; w = w->next)
-    if (!json_holds(have = json_get(root, w->key), w))
-      tbr_fail("%s:%zu: this \"%s\" is not supported; byte-level BPE as `tbr "
-               "tokenizer` writes it is, and Llama 2's BPE with byte_fallback",
-               path, have ? have->line : root->line, w->key);
+  char *form = format_string("{%s}}", json_form[t->pieces]);
+  json_must(root, form, "byte-level BPE as `tbr tokenizer` writes it is, and "
+                        "Llama 2's BPE with byte_fallback");
   json_tokens(t, root);
   json_merges(t, json_get(model, "merges"));
-  buf_free(&form), json_free(want), json_free(root);
+  free(form), json_free(root);
   return t;
 }
 
@@ -3749,22 +3754,14 @@ void tbr_logits(const TbrModel *m, TbrActs *a, const TbrSequences *s,
 /* What config.json says; fails if that is something that this model cannot
  * do. */
 static TbrConfig config_read(const char *path) {
-  static const char *const only[][3] = {{"model_type", "", "llama"},
-                                        {"hidden_act", "silu", "silu"}};
   Json *json = json_read(path);
   const Json *rope = json_get(json, "rope_parameters");
-  const Json *scaling = json_get(json, "rope_scaling");
   TbrConfig c = {.tied = json_true(json, "tie_word_embeddings")};
-  for (size_t i = 0; i < 2; i++) {
-    const char *is = json_string(json, only[i][0], only[i][1]);
-    if (strcmp(is, only[i][2]))
-      tbr_fail("%s: %s is \"%s\"; only \"%s\" is supported", path, only[i][0],
-               is, only[i][2]);
-  }
-  if (json_true(json, "attention_bias") || json_true(json, "mlp_bias"))
-    tbr_fail("%s: biases are not supported", path);
-  if ((scaling && scaling->kind == JSON_OBJECT) ||
-      strcmp(json_string(rope, "rope_type", "default"), "default"))
+  json_must(json, "{'model_type':'llama','hidden_act':'silu','attention_bias':"
+                  "false,'mlp_bias':false,'rope_scaling':null}",
+            "models of \"llama\" are, with \"silu\", without biases, and "
+            "without scaled rotary embedding");
+  if (strcmp(json_string(rope, "rope_type", "default"), "default"))
     tbr_fail("%s: scaled rotary embedding is not supported", path);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
@@ -3841,19 +3838,8 @@ static TbrConfig bin_config(const char *file, size_t size, const char *path) {
   return c;
 }
 
-/* llama2.c turns neighbours 2j and 2j+1 of a head, Hugging Face j and
- * j + size/2: puts the rows of q or k into the latter's order. */
-static void bin_reorder(real *w, size_t heads, size_t size, size_t d) {
-  real *copy = mem_raw(times(size, d), sizeof *copy);
-  for (size_t h = 0; h < heads; h++, w += size * d) {
-    memcpy(copy, w, size * d * sizeof *w);
-    for (size_t j = 0; j < size; j++)
-      memcpy(w + (j / 2 + j % 2 * (size / 2)) * d, copy + j * d,
-             d * sizeof *w);
-  }
-  free(copy);
-}
-
+/* llama2.c turns neighbours 2j and 2j+1 of a head of q or k, Hugging Face j
+ * and j + half: their rows are read into the latter's order. */
 static TbrModel *model_read_bin(const char *path) {
   /* where a layer's tensors are in the file, by tbr's own order */
   static const size_t part[LAYER_TENSORS] = {0, 1, 2, 3, 4, 5, 6, 8, 7};
@@ -3866,11 +3852,13 @@ static TbrModel *model_read_bin(const char *path) {
   for (size_t i = 0; i < LAYER_TENSORS; i++)
     for (size_t l = 0; l < c.layers; l++) {
       const TbrTensor *t = &m->tensor[1 + LAYER_TENSORS * l + part[i]];
-      at = read_numbers(m->param + t->at, at, F32, t->rows * t->columns);
+      for (size_t r = 0; r < t->rows; r++) {
+        size_t j = r % c.head_dim, to = r;
+        if (i == 1 || i == 2) to += j / 2 + j % 2 * (c.head_dim / 2) - j;
+        at = read_numbers(m->param + t->at + to * t->columns, at, F32,
+                          t->columns);
+      }
     }
-  for (size_t l = 0; l < c.layers; l++)
-    bin_reorder(layer_at(&c, m->param, l).qkv, c.heads + c.kv_heads,
-                c.head_dim, c.dim);
   at = read_numbers(final_norm(&c, m->param), at, F32, c.dim);
   at += 4 * c.context * c.head_dim; /* tables for RoPE */
   if (!c.tied)

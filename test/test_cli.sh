@@ -133,9 +133,9 @@ lie 's/"num_key_value_heads": 2/"num_key_value_heads": 3/' 'cannot share'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": null/' '"model.layers.0.self_attn.k_proj.weight" of 16 x 16 numbers' # as many as heads
 sed 's/"head_dim": 4/"head_dim": null/' tuned/config.json >cut/config.json
 status 0 '' "$TBR" generate --model cut --prompt a --tokens 1
-lie 's/"model_type": "llama"/"model_type": "gpt2"/' 'only "llama"'
-lie 's/"hidden_act": "silu"/"hidden_act": "gelu"/' 'only "silu"'
-lie 's/"attention_bias": false/"attention_bias": true/' 'biases'
+lie 's/"model_type": "llama"/"model_type": "gpt2"/' '"model_type" is not supported; models of "llama" are'
+lie 's/"hidden_act": "silu"/"hidden_act": "gelu"/' '"hidden_act" is not supported; models of "llama" are, with "silu"'
+lie 's/"attention_bias": false/"attention_bias": true/' '"attention_bias" is not supported; models of "llama" are, with "silu", without biases'
 lie 's/"vocab_size": 300/"vocab_size": 299/' 'cut'
 if [ -z "$SANITIZE" ]; then # nothing is allocated before the file is checked
   (ulimit -v 2000000 && exec "$TBR" help >/dev/null 2>&1) && limit='ulimit -v 2000000' || limit=:
