@@ -897,9 +897,8 @@ static char *json_take_string(JsonReader *r, size_t *length) {
     const char *known = escape ? memchr(from, r->at[1], 8) : NULL;
     uint32_t code = escape ? json_code(r->at) : 0, low;
     if ((unsigned char)*r->at < 0x20 || (!known && code == UINT32_MAX))
-      json_fail(r, "raw control character, unknown escape or the text's end "
-                   "inside a string; \\ and one of \"\\/bfnrt, or \\u with "
-                   "four hexadecimal digits, or a quote would be right");
+      json_fail(r, "raw control character, end of text, or escape but one of "
+                   "\"\\/bfnrt and u with four hex digits, inside a string");
     if (!escape) buf_char(&b, *r->at);
     if (known) buf_char(&b, to[known - from]);
     r->at += known ? 2 : escape ? 6 : 1;
@@ -1180,10 +1179,9 @@ static StEntry st_entry(const Json *v) {
   if (e.type == ST_TYPES || n > 2 || ends != 2 ||
       (double)e.at[1] - (double)e.at[0] !=
           (double)st_type[e.type].size * (double)e.rows * (double)e.columns)
-    tbr_fail("%s: tensor \"%s\" of type \"%s\" should have F32, F16 or BF16 "
-             "as \"dtype\", up to two whole numbers as \"shape\", and two that "
-             "lie as far apart as these need as \"data_offsets\"", v->path,
-             v->key, dtype);
+    tbr_fail("%s: tensor \"%s\" of type \"%s\" should have F32, F16 or BF16, a "
+             "\"shape\" of up to two whole numbers, and \"data_offsets\" as "
+             "far apart as these need", v->path, v->key, dtype);
   return e;
 }
 
@@ -1789,9 +1787,9 @@ static void json_tokens(TbrTokenizer *t, const Json *root) {
     if (!*name || (text && strcmp(v->key, name)) ||
         (special && !json_true(s, "special")))
       tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order, "
-               "and added tokens should have \"special\": true and a \"content"
-               "\"; near here %zu doesn't, is missing or is there twice",
-               root->path, special || !v ? s->line : v->line, id);
+               "and added tokens \"special\": true; near here %zu is not, is "
+               "missing or is there twice", root->path,
+               special || !v ? s->line : v->line, id);
     token_named(t, special ? SPECIAL : TEXT, name, strlen(name), root->path);
     if (text) v = v->next;
     if (special) s = s->next;
@@ -1811,9 +1809,9 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
     if (!add_bytes(&b, t->pieces, left, n) || (cut = b.n) == 0 ||
         !add_bytes(&b, t->pieces, right, strlen(right)) ||
         !merge_add(t, b.s, b.n, cut))
-      tbr_fail("%s:%zu: a merge should be two names, as \"a b\" or [\"a\", \"b"
-               "\"]; this has a part or makes a whole, \"%.300s%.300s\", which "
-               "is no token", m->path, m->line, left, right);
+      tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens that "
+               "make a third; \"%.300s\" and \"%.300s\" are none", m->path,
+               m->line, left, right);
   }
   buf_free(&b);
 }
@@ -1974,17 +1972,9 @@ static char **example_at(TbrExample *e, size_t field) {
 }
 
 /* Adds an example whose strings go over to the list. */
-static void examples_take(TbrExamples *list, TbrExample e) {
+static void examples_add(TbrExamples *list, TbrExample e) {
   list->row = mem_grow(list->row, &list->cap, list->n + 1, sizeof e);
   list->row[list->n++] = e;
-}
-
-void tbr_examples_add(TbrExamples *list, TbrExample copy_of) {
-  for (size_t f = 0; f < EXAMPLE_FIELDS; f++) {
-    char **s = example_at(&copy_of, f);
-    if (*s) *s = copy_string(*s);
-  }
-  examples_take(list, copy_of);
 }
 
 /* Frees the strings of an example. */
@@ -2018,9 +2008,8 @@ static void split_reflection(TbrExample *e, const Json *row) {
   if (strncmp(at, "<think>", 7)) return;
   char *end = strstr(at, "</think>");
   if (!end || e->reflection)
-    tbr_fail("%s:%zu: <think> that never ends, or beside a reflection; one "
-             "reflection with </think> behind it would be right", row->path,
-             row->line);
+    tbr_fail("%s:%zu: <think> should end with </think>, and not stand beside "
+             "a reflection", row->path, row->line);
   *end = 0;
   e->reflection = copy_string(trim(at + 7));
   e->response = copy_string(trim(end + 8));
@@ -2048,9 +2037,8 @@ static void set_label(TbrExample *e, const Json *row) {
       return;
     }
   if (label)
-    tbr_fail("%s:%zu: label \"%.40s\" is unknown; known are harmful, harmless, "
-             "pseudo-harmful, and XSTest's safe and unsafe", row->path,
-             row->line, label);
+    tbr_fail("%s:%zu: label \"%.40s\" should be harmful, harmless, pseudo-"
+             "harmful, safe or unsafe", row->path, row->line, label);
 }
 
 /* Takes the turns of a chat into an example. */
@@ -2067,9 +2055,8 @@ static void take_turns(TbrExample *e, const Json *list) {
     else if (content && !strcmp(role, "assistant") && e->prompt && !e->response)
       e->response = copy_string(content);
     else
-      tbr_fail("%s:%zu: a turn should be {\"role\": ..., \"content\": ...}, "
-               "first of system or none, then one of user, then one of "
-               "assistant or none", turn->path, turn->line);
+      tbr_fail("%s:%zu: a turn should be {role, content}, of system or none, "
+               "then user, then assistant or none", turn->path, turn->line);
   }
 }
 
@@ -2110,13 +2097,12 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
     e.prompt = prompt;
   }
   if (!e.prompt || !*e.prompt)
-    tbr_fail("%s:%zu: row without `prompt`; an example should be {prompt, "
-             "reflection, response}, {instruction, input, output}, {question, "
-             "response}, {messages}, {prompt, completion}, or of CSV with a "
-             "column `prompt`", row->path, row->line);
+    tbr_fail("%s:%zu: row without `prompt`; known are {prompt, reflection, "
+             "response}, {instruction, input, output}, {question, response}, "
+             "{messages}, {prompt, completion}, CSV", row->path, row->line);
   split_reflection(&e, row);
   set_label(&e, row);
-  examples_take(list, e);
+  examples_add(list, e);
 }
 
 TbrExamples tbr_examples_read(const char *path) {
@@ -2831,7 +2817,7 @@ static void make_rows(World *w, const char *name, const char *class, size_t n,
       example_free(&e);
       continue;
     }
-    examples_take(rows, e);
+    examples_add(rows, e);
     char *ask = render(w, "ask", 0);
     if (test) check_leaks(w, item, &e, ask);
     else buf_printf(&w->tuning, "%s\n%s\n", e.prompt, e.reflection);
@@ -4489,20 +4475,15 @@ static char *lower_trimmed(const char *s) {
   return copy;
 }
 
-/* What stands behind the reflection, if there is one. */
-static const char *without_reflection(const char *answer) {
-  const char *at = answer + strspn(answer, " \t\r\n");
-  if (strncmp(at, "<think>", 7)) return answer;
-  at = strstr(at, "</think>");
-  return at ? at + 8 : "";
-}
-
 int tbr_refuses(const char *answer, const char *rule) {
   int starts = !strcmp(rule, "xstest"), found = 0;
   if (!starts && strcmp(rule, "arditi"))
     tbr_fail("no rule \"%s\" to judge by; known are xstest and arditi", rule);
   const char *const *phrase = starts ? xstest_begins : arditi_holds;
-  char *text = lower_trimmed(without_reflection(answer));
+  const char *at = answer + strspn(answer, " \t\r\n"), *end;
+  if (!strncmp(at, "<think>", 7))
+    answer = (end = strstr(at, "</think>")) ? end + 8 : "";
+  char *text = lower_trimmed(answer);
   for (; *phrase && !found; phrase++)
     found = starts ? !strncmp(text, *phrase, strlen(*phrase))
                    : strstr(text, *phrase) != NULL;

@@ -149,7 +149,6 @@ TbrExamples tbr_examples_read(const char *path);
  * stands in the assistant's turn as <think>...</think>. */
 void tbr_examples_write(const char *path, const TbrExamples *examples,
                         const char *form);
-void tbr_examples_add(TbrExamples *examples, TbrExample copy_of);
 void tbr_examples_free(TbrExamples *examples);
 
 /* How many documents, rows for fine-tuning and tests tbr_world_make draws. */

@@ -191,9 +191,10 @@ static void test_form(const char *folder) {
   o.general = path[0], o.safety = path[1], o.arm = "form";
   for (size_t i = 0; i < 5; i++) {
     char type[2] = {letters[i], 0};
-    TbrExample x = {.prompt = copy_string(test[i].prompt), .type = type,
-                    .label = (char *)"harmful"};
-    tbr_examples_add(&e, x);
+    TbrExample x = {.prompt = copy_string(test[i].prompt),
+                    .type = copy_string(type),
+                    .label = copy_string("harmful")};
+    examples_add(&e, x);
   }
   form_evaluate(&o, &e, &r);
   EQUAL(r.n, 5u);
