@@ -1354,7 +1354,7 @@ static uint64_t *map_put(Map *m, uint64_t key) {
  * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* Its rank is that of the first merge that makes it, from 1 on, or 0. */
+/* Its rank is that of the first merge that makes it, highest first; or 0. */
 typedef struct {
   Buf bytes;
   int kind;
@@ -1367,7 +1367,7 @@ struct TbrTokenizer {
   size_t n, cap, merge_cap;
   Map ids;         /* from token_key to the token + 1 */
   uint64_t *merge; /* pairs, in the order of the file; pairs.n of them */
-  Map pairs;       /* from pair_of to rank << 32 | id; the lowest first */
+  Map pairs;       /* from pair_of to rank << 32 | id; the highest first */
 };
 
 /* A pair of symbols as one number; -1 is no symbol, and in no pair known. */
@@ -1451,12 +1451,12 @@ static int add_bytes(Buf *b, int pieces, const char *name, size_t n) {
   return 1;
 }
 
-/* Adds the token of a name in a file, none if it is no name. */
+/* Adds the token of a name in a file; fails if it is none. */
 static void token_named(TbrTokenizer *t, int kind, const char *name, size_t n,
                         const char *path) {
   Buf b = {0};
   if (kind == SPECIAL) buf_add(&b, name, n);
-  else if (!add_bytes(&b, t->pieces, name, n)) buf_clear(&b);
+  else if (!add_bytes(&b, t->pieces, name, n)) b.n = 0;
   token_add(t, kind, b.n ? b.s : "", b.n, path);
   buf_free(&b);
 }
@@ -1475,18 +1475,16 @@ static int merge_add(TbrTokenizer *t, const char *bytes, size_t n,
   uint64_t *value = map_put(&t->pairs, pair);
   if (*value) return 1;
   Token *whole = &t->token[id];
-  if (!t->pieces || !whole->rank) whole->rank = t->pairs.n;
+  if (!t->pieces || !whole->rank) whole->rank = UINT32_MAX - t->pairs.n;
   *value = (uint64_t)whole->rank << 32 | id;
   t->merge = mem_grow(t->merge, &t->merge_cap, t->pairs.n, sizeof pair);
   t->merge[t->pairs.n - 1] = pair;
   return 1;
 }
 
-/* What pairs has on two symbols; NO_MERGE, above all ranks, if nothing. */
-#define NO_MERGE UINT64_MAX
+/* What pairs has on two symbols, 0 if nothing. */
 static uint64_t merge_of(const TbrTokenizer *t, int32_t left, int32_t right) {
-  uint64_t merge = map_get(&t->pairs, pair_of(left, right));
-  return merge ? merge : NO_MERGE;
+  return map_get(&t->pairs, pair_of(left, right));
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->n; }
@@ -1561,20 +1559,20 @@ static size_t symbols_of(const TbrTokenizer *t, const char *s, size_t n,
 static size_t merge_all(const TbrTokenizer *t, int32_t *id, uint64_t *merge,
                         size_t n) {
   for (size_t i = 0; i < n; i++)
-    merge[i] = i + 1 < n ? merge_of(t, id[i], id[i + 1]) : NO_MERGE;
+    merge[i] = i + 1 < n ? merge_of(t, id[i], id[i + 1]) : 0;
   for (;;) {
-    uint64_t best = NO_MERGE;
+    uint64_t best = 0;
     for (size_t i = 0; i < n; i++)
-      if (merge[i] < best) best = merge[i];
-    if (best == NO_MERGE) return n;
+      if (merge[i] > best) best = merge[i];
+    if (!best) return n;
     size_t to = 0;
     for (size_t i = 0; i < n; i++, to++) {
       id[to] = id[i], merge[to] = merge[i];
       if (merge[to] != best) continue;
       id[to] = (int32_t)(best & INT32_MAX);
-      merge[to] = ++i + 1 < n ? merge_of(t, id[to], id[i + 1]) : NO_MERGE;
+      merge[to] = ++i + 1 < n ? merge_of(t, id[to], id[i + 1]) : 0;
       if (to) merge[to - 1] = merge_of(t, id[to - 1], id[to]);
-      if (merge[to] < best || (to && merge[to - 1] < best)) best = 0;
+      if (merge[to] > best || (to && merge[to - 1] > best)) best = UINT64_MAX;
     }
     n = to;
   }
@@ -1809,9 +1807,9 @@ static void json_merges(TbrTokenizer *t, const Json *merges) {
     if (!add_bytes(&b, t->pieces, left, n) || (cut = b.n) == 0 ||
         !add_bytes(&b, t->pieces, right, strlen(right)) ||
         !merge_add(t, b.s, b.n, cut))
-      tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens that "
-               "make a third; \"%.300s\" and \"%.300s\" are none", m->path,
-               m->line, left, right);
+      tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens "
+               "that make a third; \"%.300s\" and \"%.300s\" are none",
+               m->path, m->line, left, right);
   }
   buf_free(&b);
 }
