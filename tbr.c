@@ -1489,18 +1489,12 @@ static uint64_t merge_of(const TbrTokenizer *t, int32_t left, int32_t right) {
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *t) { return t->n; }
 
-/* The token of an id from outside. */
-static const Token *token_at(const TbrTokenizer *t, int32_t id) {
+const char *tbr_token(const TbrTokenizer *t, int32_t id, size_t *n) {
   if (id < 0 || (size_t)id >= t->n)
     tbr_fail("token %ld does not exist; the vocabulary has %zu tokens (is it "
              "the tokenizer of this model?)", (long)id, t->n);
-  return &t->token[id];
-}
-
-const char *tbr_token(const TbrTokenizer *t, int32_t id, size_t *n) {
-  const Token *token = token_at(t, id);
-  *n = token->bytes.n;
-  return token->bytes.s;
+  *n = t->token[id].bytes.n;
+  return t->token[id].bytes.s;
 }
 
 int32_t tbr_special(const TbrTokenizer *t, const char *name) {
@@ -1600,8 +1594,8 @@ char *tbr_decode(const TbrTokenizer *t, const int32_t *ids, size_t count,
   buf_add(&b, "", 0);
   int fresh = t->pieces; /* where encoding put a blank of its own */
   for (size_t i = 0; i < count; i++) {
-    if (ids[i] >= 0 && (size_t)ids[i] >= t->n) continue;
-    const Token *token = token_at(t, ids[i]);
+    if (ids[i] < 0 || (size_t)ids[i] >= t->n) continue;
+    const Token *token = &t->token[ids[i]];
     size_t skip = fresh && *token->bytes.s == ' ';
     fresh = t->pieces && token->kind == SPECIAL;
     if (token->kind != SPECIAL)

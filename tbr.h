@@ -93,7 +93,7 @@ size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
  * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing, and so do ids beyond the
+ * n bytes exactly; special tokens decode to nothing, and so do ids outside the
  * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);

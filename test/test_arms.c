@@ -49,7 +49,7 @@ static char *trained_on(const TbrOptions *o, int kind, Buf *report) {
     for (size_t k = s.first[i]; k < s.first[i + 1]; k++) {
       size_t n;
       const char *token = tbr_token(p.tok, s.id[k], &n);
-      if (!(token_at(p.tok, s.id[k])->kind == SPECIAL)) buf_add(&b, token, n);
+      if (!is_special(p.tok, s.id[k])) buf_add(&b, token, n);
       else if (s.id[k] != assistant && s.id[k] != think && k > s.first[i] + 1)
         buf_char(&b, '~');
       else if (s.id[k] == think) buf_char(&b, '~');

@@ -130,7 +130,7 @@ static void test_mask(void) {
   tbr_example_sequence(&s, tok, &sly, 1, 200, 0);
   size_t special = 0;
   for (size_t i = 0; i < s.first[1]; i++)
-    special += (size_t)(token_at(tok, s.id[i])->kind == SPECIAL);
+    special += (size_t)is_special(tok, s.id[i]);
   EQUAL(special, 3u);
   tbr_sequences_free(&s);
   /* A zero byte doesn't end what a model says. */
