@@ -1041,8 +1041,7 @@ static void json_quote(Buf *b, const char *bytes, size_t n) {
   buf_char(b, '"');
 }
 
-/* Adds a member to an object, ", " where one stands before and "name": "text";
- * nothing if text is NULL. */
+/* Adds a member to an object, unless text is NULL. */
 static void json_field(Buf *b, const char *name, const char *text) {
   if (!text) return;
   if (b->s[b->n - 1] != '{') buf_str(b, ", ");
@@ -1124,8 +1123,7 @@ enum { F32, F16, BF16, ST_TYPES };
 static const struct { const char *name; size_t size; } st_type[ST_TYPES] = {
     {"F32", 4}, {"F16", 2}, {"BF16", 2}};
 
-/* A tensor in a file; a vector has one row. It lies from at[0] to at[1] in
- * the data. */
+/* A tensor, from at[0] to at[1] of the data; a vector has one row. */
 typedef struct {
   const char *name;
   size_t type, rows, columns, at[2];
@@ -1138,8 +1136,7 @@ typedef struct {
   size_t n;
 } SafeTensors;
 
-/* The numbers of some tensors; in a file, the names of these stand behind the
- * prefix. */
+/* The numbers of some tensors, whose names in a file begin with prefix. */
 typedef struct { const char *prefix; real *at; } Block;
 
 /* The number that n bytes stand for, the lowest first. */
@@ -1154,8 +1151,7 @@ static void buf_little_endian(Buf *b, uint64_t u, size_t n) {
   for (; n--; u >>= 8) buf_char(b, (int)(u & 255));
 }
 
-/* Takes a list of up to two whole numbers; returns how many, 3 if v is no such
- * list. */
+/* Takes a list of up to two whole numbers; returns how many, 3 if it isn't. */
 static size_t st_numbers(const Json *v, size_t to[2]) {
   size_t n = 0;
   if (!v || v->kind != JSON_ARRAY) return 3;
@@ -1631,8 +1627,7 @@ static int64_t *corpus_read(const char *text, size_t n, size_t *symbols) {
 }
 
 /* The most frequent pair, of equal ones the lowest; 0 if none comes twice.
- * Pairs are counted anew each time, which is fast enough for some megabytes
- * of text; their map is empty, but for its memory. */
+ * They are counted anew each time; from before, pairs has only its memory. */
 static uint64_t corpus_best(const int64_t *symbol, size_t n, Map *pairs) {
   struct Slot best = {0, 1}, *s = pairs->slot;
   int64_t times = 0;
@@ -1705,8 +1700,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
 
 /* How tokenizer.json treats text, byte-level or in pieces, with ' for ". It is
  * written so, and what is read must hold the same. The regular expression is
- * word_length's rule; its classes spell out ASCII, so that no version of
- * Unicode matters. */
+ * word_length's rule in ASCII, so that no version of Unicode matters. */
 #define MODEL                                                                \
   "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'"  \
   "end_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
@@ -2033,8 +2027,9 @@ static void set_label(TbrExample *e, const Json *row) {
              "harmful, safe or unsafe", row->path, row->line, label);
 }
 
-/* Takes the turns of a chat into an example. */
-static void take_turns(TbrExample *e, const Json *list) {
+/* Takes the turns of a chat into an example; returns 0 if they are no list. */
+static int take_turns(TbrExample *e, const Json *list) {
+  if (!list || list->kind != JSON_ARRAY) return 0;
   const char *before = NULL;
   for (const Json *turn = list->child; turn; turn = turn->next) {
     const char *role = json_string(turn, "role", "");
@@ -2050,6 +2045,7 @@ static void take_turns(TbrExample *e, const Json *list) {
       tbr_fail("%s:%zu: a turn should be {role, content}, of system or none, "
                "then user, then assistant or none", turn->path, turn->line);
   }
+  return 1;
 }
 
 /* Takes what stands under key, if anything does, in place of *to: a text, or
@@ -2057,10 +2053,7 @@ static void take_turns(TbrExample *e, const Json *list) {
 static void take(TbrExample *e, const Json *row, const char *key, char **to) {
   const Json *v = json_get(row, key);
   if (!v || v->kind == JSON_NULL) return;
-  if (v->kind == JSON_ARRAY && (to == &e->prompt || to == &e->response)) {
-    take_turns(e, v);
-    return;
-  }
+  if ((to == &e->prompt || to == &e->response) && take_turns(e, v)) return;
   free(*to);
   *to = v->kind == JSON_NUMBER && to == &e->id
             ? format_string("%.17g", v->number)
@@ -2072,11 +2065,10 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
   static const char *const form[][2] = {{"prompt", "completion"},
                                         {"question", "response"},
                                         {"instruction", "output"}};
-  const Json *messages = json_get(row, "messages");
   TbrExample e = {0};
   for (size_t f = 1; f < EXAMPLE_FIELDS; f++)
     take(&e, row, example_field[f].name, example_at(&e, f));
-  if (messages && messages->kind == JSON_ARRAY) take_turns(&e, messages);
+  take_turns(&e, json_get(row, "messages"));
   for (size_t k = 0; k < 3 && !e.prompt; k++) {
     take(&e, row, form[k][0], &e.prompt);
     if (!e.prompt) continue;
@@ -2084,9 +2076,8 @@ static void examples_read_row(TbrExamples *list, const Json *row) {
     if (k && !e.response)
       tbr_fail("%s:%zu: row without `%s`", row->path, row->line, form[k][1]);
     const char *input = k == 2 ? json_string(row, "input", "") : "";
-    char *prompt = format_string("%s%s%s", e.prompt, *input ? "\n" : "", input);
-    free(e.prompt);
-    e.prompt = prompt;
+    char *text = e.prompt;
+    if (*input) e.prompt = format_string("%s\n%s", text, input), free(text);
   }
   if (!e.prompt || !*e.prompt)
     tbr_fail("%s:%zu: row without `prompt`; known are {prompt, reflection, "
@@ -2126,9 +2117,9 @@ static void json_turns(Buf *b, const TbrExample *e) {
   buf_str(b, "\"messages\": [{\"role\": \"user\"");
   json_field(b, "content", e->prompt);
   if (answer || think) {
-    char *turn = format_string("%s%s%s%s", think ? "<think>" : "",
-                               think ? think : "", think ? "</think>" : "",
-                               answer ? answer : "");
+    if (!answer) answer = "";
+    char *turn = think ? format_string("<think>%s</think>%s", think, answer)
+                       : copy_string(answer);
     buf_str(b, "}, {\"role\": \"assistant\"");
     json_field(b, "content", turn);
     free(turn);
@@ -4491,8 +4482,7 @@ static int mentions(const char *text, const char *key) {
   return found;
 }
 
-/* What a reflection says of the request: 1 harmless, -1 harmful, 0 neither
- * or both. */
+/* What a reflection says: 1 harmless, -1 harmful, 0 neither or both. */
 static int verdict(const char *reflection) {
   return mentions(reflection, "harmless") - mentions(reflection, "harmful");
 }
@@ -4544,9 +4534,7 @@ static TbrResult *result_line(TbrResults *r, const char *arm, uint64_t seed,
   snprintf(line.label, sizeof line.label, "%s", label);
   snprintf(line.type, sizeof line.type, "%s", type);
   for (TbrResult *x = r->row; x < r->row + r->n; x++)
-    if (!strcmp(x->arm, line.arm) && x->seed == seed &&
-        !strcmp(x->label, line.label) && !strcmp(x->type, line.type))
-      return x;
+    if (!memcmp(x, &line, offsetof(TbrResult, count))) return x;
   r->row = mem_grow(r->row, &r->cap, r->n + 1, sizeof *r->row);
   r->row[r->n] = line;
   return &r->row[r->n++];
@@ -4560,8 +4548,7 @@ static void count_judgement(TbrResults *r, const char *arm, uint64_t seed,
   for (size_t c = 0; c < TBR_COUNTS; c++) line->count[c] += is[c];
 }
 
-/* Adds one row of XSTest's own columns, for people or stronger judges to
- * label. */
+/* Adds one row of XSTest's own columns, for stronger judges to label. */
 static void xstest_row(Buf *b, const TbrExample *e, size_t i,
                        const char *completion, const size_t is[TBR_COUNTS]) {
   char number[24];
