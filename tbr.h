@@ -93,22 +93,19 @@ size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
  * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing, and so do ids beyond the
+ * n bytes exactly; special tokens decode to nothing, and so do ids outside the
  * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids);
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
                  size_t *n);
 
-/* The bytes of one token (of a special one its name), and whether it is
- * special. */
+/* The bytes of one token (of a special one its name). */
 const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
-int tbr_token_special(const TbrTokenizer *tok, int32_t id);
 
 /* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
  * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
-void tbr_tokenizer_add_special(TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
 /* ---- examples (chapter 6) ---------------------------------------------- */
@@ -152,7 +149,6 @@ TbrExamples tbr_examples_read(const char *path);
  * stands in the assistant's turn as <think>...</think>. */
 void tbr_examples_write(const char *path, const TbrExamples *examples,
                         const char *form);
-void tbr_examples_add(TbrExamples *examples, TbrExample copy_of);
 void tbr_examples_free(TbrExamples *examples);
 
 /* How many documents, rows for fine-tuning and tests tbr_world_make draws. */
@@ -178,13 +174,13 @@ typedef struct {
   size_t n, cap;
 } TbrTokens;
 
-/* n sequences one after another; sequence i is first[i] .. first[i+1]-1.
- * target[j] is the token that should follow id[j], or -1 where the loss
- * doesn't count. Starts as {0}. */
+/* n sequences one after another, without padding; none sees another. Sequence
+ * i is first[i] .. first[i+1]-1 of all tokens. target[j] is the token that
+ * should follow id[j], or -1 where the loss doesn't count. Starts as {0}. */
 typedef struct {
-  size_t n, *first;
+  size_t n, tokens, *first;
   int32_t *id, *target;
-  size_t id_cap, target_cap, first_cap;
+  size_t cap[3];
 } TbrSequences;
 
 void tbr_sequences_add(TbrSequences *s, const int32_t *id,
@@ -245,20 +241,6 @@ TbrModel *tbr_model_load(const char *path);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos);
 
-/* Sequences that go through the model together, without padding; none sees
- * another. Starts as {0}. */
-typedef struct {
-  size_t n, n_seq, n_targets; /* tokens, sequences, tokens that count */
-  int32_t *id, *target;       /* n each */
-  size_t *length;             /* of each sequence */
-  size_t id_cap, target_cap, length_cap;
-} TbrBatch;
-
-void tbr_batch_add(TbrBatch *batch, const int32_t *id, const int32_t *target,
-                   size_t n);
-void tbr_batch_clear(TbrBatch *batch);
-void tbr_batch_free(TbrBatch *batch);
-
 /* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;
 TbrActs *tbr_acts_new(const TbrModel *model, size_t rows);
@@ -266,12 +248,12 @@ void tbr_acts_free(TbrActs *acts);
 
 /* The sum of -log p(target) over the tokens that count, in nats. With grad
  * (n_params, or NULL), adds scale times its gradient to grad. */
-double tbr_loss(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
-                tbr_real *grad, double scale);
+double tbr_loss(const TbrModel *model, TbrActs *acts,
+                const TbrSequences *batch, tbr_real *grad, double scale);
 
-/* logits (batch->n, vocab) of every token. */
-void tbr_logits(const TbrModel *model, TbrActs *acts, const TbrBatch *batch,
-                tbr_real *logits);
+/* logits (batch->tokens, vocab) of every token. */
+void tbr_logits(const TbrModel *model, TbrActs *acts,
+                const TbrSequences *batch, tbr_real *logits);
 
 /* ---- training (chapter 9) ---------------------------------------------- */
 
@@ -323,21 +305,19 @@ void tbr_answers_free(TbrTokens *answer, size_t n);
  * "arditi" for phrases anywhere (Arditi et al., 2024). */
 int tbr_refuses(const char *answer, const char *rule);
 
-typedef struct {
-  int refusal;
-  int compliance;     /* no refusal, not empty, and the key in it, if any */
-  int exact;          /* just the expected response */
-  int reflected;
-  int against_itself; /* reflects that it is harmless, and refuses */
-} TbrJudgement;
-TbrJudgement tbr_judge(const TbrExample *e, const char *reflection,
-                       const char *answer, const char *rule);
-
-/* Counts for one arm, seed, label and type. */
+/* What is judged of an answer, and counted for one arm, seed, label and type:
+ * that it is one; refuses; complies, which is no refusal, not empty, and the
+ * key in it, if any; neither; is just the expected response; reflected; and
+ * reflected that it is harmless, and refuses. */
 enum {
   TBR_N, TBR_REFUSAL, TBR_COMPLIANCE, TBR_NEITHER, TBR_EXACT, TBR_REFLECTED,
   TBR_AGAINST_ITSELF, TBR_COUNTS
 };
+
+/* Sets each of these to 0 or 1. */
+void tbr_judge(const TbrExample *e, const char *reflection, const char *answer,
+               const char *rule, size_t is[TBR_COUNTS]);
+
 typedef struct {
   char arm[48], label[24], type[48];
   uint64_t seed;

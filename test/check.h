@@ -96,6 +96,11 @@ static inline void check_caught(const char *message) {
           check_said);                                                       \
   } while (0)
 
+/* Whether a token is special. */
+static inline int is_special(const TbrTokenizer *t, int32_t id) {
+  return t->token[id].kind == SPECIAL;
+}
+
 /* Where a test may write: its first argument. */
 static inline const char *check_folder(int argc, char **argv) {
   const char *folder = argc > 1 ? argv[1] : "out/scratch";

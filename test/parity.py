@@ -89,13 +89,13 @@ LOGITS = r"""
 #include "../tbr.c"
 int main(int argc, char **argv) {
   TbrModel *m = tbr_model_load(argv[1]);
-  TbrBatch b = {0};
+  TbrSequences b = {0};
   int32_t id[512], none[512];
   for (int i = 2; i < argc; i++) id[i - 2] = atoi(argv[i]), none[i - 2] = -1;
-  tbr_batch_add(&b, id, none, (size_t)argc - 2);
-  real *z = mem_raw(b.n * m->config.vocab, sizeof *z);
-  tbr_logits(m, tbr_acts_new(m, b.n), &b, z);
-  for (size_t i = 0; i < b.n * m->config.vocab; i++) printf("%.9g ", z[i]);
+  tbr_sequences_add(&b, id, none, (size_t)argc - 2);
+  real *z = mem_raw(b.tokens * m->config.vocab, sizeof *z);
+  tbr_logits(m, tbr_acts_new(m, b.tokens), &b, z);
+  for (size_t i = 0; i < b.tokens * m->config.vocab; i++) printf("%.9g ", z[i]);
 }
 """
 

@@ -49,7 +49,7 @@ static char *trained_on(const TbrOptions *o, int kind, Buf *report) {
     for (size_t k = s.first[i]; k < s.first[i + 1]; k++) {
       size_t n;
       const char *token = tbr_token(p.tok, s.id[k], &n);
-      if (!tbr_token_special(p.tok, s.id[k])) buf_add(&b, token, n);
+      if (!is_special(p.tok, s.id[k])) buf_add(&b, token, n);
       else if (s.id[k] != assistant && s.id[k] != think && k > s.first[i] + 1)
         buf_char(&b, '~');
       else if (s.id[k] == think) buf_char(&b, '~');
@@ -191,9 +191,10 @@ static void test_form(const char *folder) {
   o.general = path[0], o.safety = path[1], o.arm = "form";
   for (size_t i = 0; i < 5; i++) {
     char type[2] = {letters[i], 0};
-    TbrExample x = {.prompt = copy_string(test[i].prompt), .type = type,
-                    .label = (char *)"harmful"};
-    tbr_examples_add(&e, x);
+    TbrExample x = {.prompt = copy_string(test[i].prompt),
+                    .type = copy_string(type),
+                    .label = copy_string("harmful")};
+    examples_add(&e, x);
   }
   form_evaluate(&o, &e, &r);
   EQUAL(r.n, 5u);

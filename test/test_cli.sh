@@ -124,18 +124,18 @@ lie() {
   cmp -s tuned/config.json cut/config.json && fail "sed $1 changes nothing"
   status 1 "$2" "$TBR" generate --model cut --prompt a --tokens 1
 }
-lie 's/"hidden_size": 16/"hidden_size": 18/' 'another shape than config.json says'
+lie 's/"hidden_size": 16/"hidden_size": 18/' '"model.embed_tokens.weight" of 300 x 18 numbers'
 lie 's/"hidden_size": 16/"hidden_size": "16"/' 'hidden_size'
 lie 's/"hidden_size": 16/"hidden_size": 1.5/' 'hidden_size'
-lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'has no tensor'
+lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'has no tensors for 3 layers'
 lie 's/"num_attention_heads": 4/"num_attention_heads": 0/' 'number of heads is 0'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": 3/' 'cannot share'
-lie 's/"num_key_value_heads": 2/"num_key_value_heads": null/' 'another shape than config.json says' # as many as heads
+lie 's/"num_key_value_heads": 2/"num_key_value_heads": null/' '"model.layers.0.self_attn.k_proj.weight" of 16 x 16 numbers' # as many as heads
 sed 's/"head_dim": 4/"head_dim": null/' tuned/config.json >cut/config.json
 status 0 '' "$TBR" generate --model cut --prompt a --tokens 1
-lie 's/"model_type": "llama"/"model_type": "gpt2"/' 'only "llama"'
-lie 's/"hidden_act": "silu"/"hidden_act": "gelu"/' 'only "silu"'
-lie 's/"attention_bias": false/"attention_bias": true/' 'biases'
+lie 's/"model_type": "llama"/"model_type": "gpt2"/' '"model_type" is not supported; models of "llama" are'
+lie 's/"hidden_act": "silu"/"hidden_act": "gelu"/' '"hidden_act" is not supported; models of "llama" are, with "silu"'
+lie 's/"attention_bias": false/"attention_bias": true/' '"attention_bias" is not supported; models of "llama" are, with "silu", without biases'
 lie 's/"vocab_size": 300/"vocab_size": 299/' 'cut'
 if [ -z "$SANITIZE" ]; then # nothing is allocated before the file is checked
   (ulimit -v 2000000 && exec "$TBR" help >/dev/null 2>&1) && limit='ulimit -v 2000000' || limit=:

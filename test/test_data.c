@@ -76,21 +76,21 @@ static void test_bad_examples(void) {
   SAYS("without \\u0000", read_text("{\"prompt\": \"a\\u0000b\"}"));
   SAYS("row without `output`", read_text("{\"instruction\": \"a\"}"));
   SAYS("row without `response`", read_text("{\"question\": \"a\"}"));
-  SAYS("examples:1: a turn of \"user\"",
+  SAYS("examples:1: a turn should be",
         read_text("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"},"
                   "{\"role\": \"user\", \"content\": \"a\"}]}"));
   SAYS("a turn should be",
         read_text("{\"messages\": [{\"role\": \"user\"}]}"));
   SAYS("a turn should be", read_text("{\"messages\": [3]}"));
   SAYS("row without `prompt`", read_text("{\"messages\": \"x\"}"));
-  SAYS("label \"bad\" is unknown",
+  SAYS("label \"bad\" should be",
         read_text("{\"prompt\": \"a\", \"label\": \"bad\"}"));
-  SAYS("never ends",
+  SAYS("<think> should end with </think>",
         read_text("{\"prompt\": \"a\", \"response\": \"<think>b\"}"));
-  SAYS("beside a reflection",
+  SAYS("not stand beside a reflection",
         read_text("{\"prompt\": \"a\", \"reflection\": \"x\", "
                   "\"response\": \"<think>b</think>c\"}"));
-  SAYS("examples:1: an example should be", read_text("[1]"));
+  SAYS("examples:1: row without `prompt`; known are", read_text("[1]"));
   SAYS("no example", read_text("[]"));
   SAYS("no example", read_text("prompt,type\n"));
   SAYS("examples:2", read_text("type,label\na,safe\n"));
@@ -105,13 +105,13 @@ static void test_round_trip(void) {
   TbrExamples a = {0};
   for (int i = 0; i < 3; i++) {
     TbrExample e = {0};
-    e.prompt = "Say \"a\\b\",\n\xc3\xa9\x01";
-    e.response = i ? "r" : NULL;
-    e.reflection = i == 1 ? "two\nlines" : NULL;
-    e.label = "harmless";
-    e.id = "7";
-    e.filler = "f";
-    tbr_examples_add(&a, e);
+    e.prompt = copy_string("Say \"a\\b\",\n\xc3\xa9\x01");
+    e.response = i ? copy_string("r") : NULL;
+    e.reflection = i == 1 ? copy_string("two\nlines") : NULL;
+    e.label = copy_string("harmless");
+    e.id = copy_string("7");
+    e.filler = copy_string("f");
+    examples_add(&a, e);
   }
   char *path = format_string("%s/trip", scratch);
   static const char *const form[] = {"native", "messages"};

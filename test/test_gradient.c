@@ -19,19 +19,19 @@ static TbrModel *random_model(size_t heads, size_t kv_heads, int tied) {
 }
 
 /* Adds a random sequence; share is that of the tokens that count. */
-static void add_random(TbrBatch *b, size_t n, double share, Rng *r) {
+static void add_random(TbrSequences *b, size_t n, double share, Rng *r) {
   int32_t id[LONGEST], target[LONGEST];
   for (size_t i = 0; i < n; i++) {
     id[i] = (int32_t)rng_below(r, VOCAB);
     target[i] = rng_uniform(r) < share ? (int32_t)rng_below(r, VOCAB) : -1;
   }
   target[n - 1] = 3;
-  tbr_batch_add(b, id, target, n);
+  tbr_sequences_add(b, id, target, n);
 }
 
-static TbrBatch random_batch(void) {
+static TbrSequences random_batch(void) {
   static const size_t length[] = {1, 5, LONGEST, 2, 12};
-  TbrBatch b = {0};
+  TbrSequences b = {0};
   Rng r = rng_stream(8, FOR_ORDER, 0);
   for (size_t i = 0; i < 5; i++) add_random(&b, length[i], 0.6, &r);
   return b;
@@ -39,7 +39,7 @@ static TbrBatch random_batch(void) {
 
 /* The norm of the difference of a tensor's gradient from the central
  * difference of the loss, as a share of the latter's norm. */
-static double tensor_error(TbrModel *m, TbrActs *a, const TbrBatch *b,
+static double tensor_error(TbrModel *m, TbrActs *a, const TbrSequences *b,
                            const TbrTensor *t, const real *grad) {
   const double h = 4e-6;
   double difference = 0, size = 0;
@@ -59,8 +59,8 @@ static double tensor_error(TbrModel *m, TbrActs *a, const TbrBatch *b,
 
 static void test_gradient(size_t heads, size_t kv_heads, int tied) {
   TbrModel *m = random_model(heads, kv_heads, tied);
-  TbrBatch b = random_batch();
-  TbrActs *a = tbr_acts_new(m, b.n + 3);
+  TbrSequences b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.tokens + 3);
   real *grad = mem_new(m->n_params, sizeof *grad);
   real *half = mem_new(m->n_params, sizeof *half);
   double loss = tbr_loss(m, a, &b, grad, 1);
@@ -82,7 +82,7 @@ static void test_gradient(size_t heads, size_t kv_heads, int tied) {
   AT_MOST(worst / size, 1e-14);
   free(grad), free(half);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_model_free(m);
 }
 
@@ -96,40 +96,39 @@ static double surprise(const real *z, int32_t target) {
 /* The loss is that of the logits, over just the targets that count. */
 static void test_mask(void) {
   TbrModel *m = random_model(4, 2, 1);
-  TbrBatch b = random_batch();
-  TbrActs *a = tbr_acts_new(m, b.n);
-  real *z = mem_raw(b.n * VOCAB, sizeof *z);
+  TbrSequences b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.tokens);
+  real *z = mem_raw(b.tokens * VOCAB, sizeof *z);
   double want = 0;
-  size_t targets = 0;
   tbr_logits(m, a, &b, z);
-  for (size_t i = 0; i < b.n; i++)
-    if (b.target[i] >= 0) want += surprise(z + i * VOCAB, b.target[i]), targets++;
-  EQUAL(b.n_targets, targets);
+  for (size_t i = 0; i < b.tokens; i++)
+    if (b.target[i] >= 0) want += surprise(z + i * VOCAB, b.target[i]);
   NEAR(tbr_loss(m, a, &b, NULL, 0), want, 1e-11 * want);
-  for (size_t i = 0; i < b.n; i++) b.target[i] = -1;
+  for (size_t i = 0; i < b.tokens; i++) b.target[i] = -1;
   NEAR(tbr_loss(m, a, &b, NULL, 0), 0, 0);
   free(z);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_model_free(m);
 }
 
 /* No sequence sees its neighbour, and no token a later one. */
 static void test_neighbours(void) {
   TbrModel *m = random_model(4, 2, 0);
-  TbrBatch all = random_batch();
-  TbrActs *a = tbr_acts_new(m, all.n);
-  real *z = mem_raw(all.n * VOCAB, sizeof *z), *alone = mem_raw(all.n * VOCAB,
+  TbrSequences all = random_batch();
+  TbrActs *a = tbr_acts_new(m, all.tokens);
+  real *z = mem_raw(all.tokens * VOCAB, sizeof *z), *alone = mem_raw(all.tokens * VOCAB,
                                                                sizeof *z);
   double sum = 0, loss = tbr_loss(m, a, &all, NULL, 0);
   tbr_logits(m, a, &all, z);
-  for (size_t s = 0, row = 0; s < all.n_seq; row += all.length[s++]) {
-    TbrBatch one = {0};
-    tbr_batch_add(&one, all.id + row, all.target + row, all.length[s]);
+  for (size_t s = 0; s < all.n; s++) {
+    TbrSequences one = {0};
+    size_t row = all.first[s], n = all.first[s + 1] - row;
+    tbr_sequences_add(&one, all.id + row, all.target + row, n);
     sum += tbr_loss(m, a, &one, NULL, 0);
     tbr_logits(m, a, &one, alone);
-    BITS(alone, z + row * VOCAB, all.length[s] * VOCAB);
-    tbr_batch_free(&one);
+    BITS(alone, z + row * VOCAB, n * VOCAB);
+    tbr_sequences_free(&one);
   }
   NEAR(sum, loss, 1e-12 * loss);
   size_t changed = 1 + 5 + 50; /* a token amid the third sequence */
@@ -143,18 +142,18 @@ static void test_neighbours(void) {
        (2 + 12) * VOCAB);
   free(z), free(alone);
   tbr_acts_free(a);
-  tbr_batch_free(&all);
+  tbr_sequences_free(&all);
   tbr_model_free(m);
 }
 
 /* What doesn't fit is refused. */
 static void test_bounds(void) {
   TbrModel *m = random_model(2, 1, 1);
-  TbrBatch b = random_batch();
-  TbrActs *a = tbr_acts_new(m, b.n - 1);
+  TbrSequences b = random_batch();
+  TbrActs *a = tbr_acts_new(m, b.tokens - 1);
   FAILS(tbr_loss(m, a, &b, NULL, 0), "doesn't fit into 119 rows");
   tbr_acts_free(a);
-  a = tbr_acts_new(m, b.n);
+  a = tbr_acts_new(m, b.tokens);
   b.id[4] = VOCAB;
   FAILS(tbr_loss(m, a, &b, NULL, 0), "token 17 is outside");
   b.id[4] = -1;
@@ -162,7 +161,7 @@ static void test_bounds(void) {
   b.id[4] = 0, b.target[4] = VOCAB;
   FAILS(tbr_loss(m, a, &b, NULL, 0), "outside the model's vocabulary");
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_model_free(m);
 }
 

@@ -74,10 +74,13 @@ static void judged(const char *key, const char *reflection,
                    const char *answer, const char *want) {
   TbrExample e = {.prompt = "p", .response = "Press the stop key.",
                   .key = (char *)key};
-  TbrJudgement j = tbr_judge(&e, reflection, answer, "xstest");
-  char got[6] = {j.refusal ? 'r' : '-', j.compliance ? 'c' : '-',
-                 j.exact ? 'e' : '-', j.reflected ? 't' : '-',
-                 j.against_itself ? 'a' : '-', 0};
+  size_t is[TBR_COUNTS];
+  tbr_judge(&e, reflection, answer, "xstest", is);
+  char got[6] = {is[TBR_REFUSAL] ? 'r' : '-', is[TBR_COMPLIANCE] ? 'c' : '-',
+                 is[TBR_EXACT] ? 'e' : '-', is[TBR_REFLECTED] ? 't' : '-',
+                 is[TBR_AGAINST_ITSELF] ? 'a' : '-', 0};
+  EQUAL(is[TBR_N], 1);
+  EQUAL(is[TBR_REFUSAL] + is[TBR_COMPLIANCE] + is[TBR_NEITHER], 1);
   check(!strcmp(got, want), __FILE__, __LINE__, "\"%s\": %s, should be %s",
         answer, got, want);
 }
@@ -102,11 +105,13 @@ static void test_counts(void) {
   TbrResults r = {0};
   TbrExample a = {.prompt = "p", .label = "harmful", .type = "x"};
   TbrExample b = {.prompt = "p"};
-  TbrJudgement refusal = {.refusal = 1}, neither = {.reflected = 1};
-  count_judgement(&r, "arm", 1, &a, &refusal);
-  count_judgement(&r, "arm", 1, &a, &neither);
-  count_judgement(&r, "arm", 2, &a, &refusal);
-  count_judgement(&r, "arm", 1, &b, &refusal);
+  const size_t refusal[TBR_COUNTS] = {[TBR_N] = 1, [TBR_REFUSAL] = 1};
+  size_t neither[TBR_COUNTS];
+  tbr_judge(&b, "", "", "xstest", neither);
+  count_judgement(&r, "arm", 1, &a, refusal);
+  count_judgement(&r, "arm", 1, &a, neither);
+  count_judgement(&r, "arm", 2, &a, refusal);
+  count_judgement(&r, "arm", 1, &b, refusal);
   EQUAL(r.n, 3u);
   EQUAL(r.row[0].count[TBR_N], 2u);
   EQUAL(r.row[0].count[TBR_REFUSAL], 1u);

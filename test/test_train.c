@@ -130,13 +130,13 @@ static void test_mask(void) {
   tbr_example_sequence(&s, tok, &sly, 1, 200, 0);
   size_t special = 0;
   for (size_t i = 0; i < s.first[1]; i++)
-    special += (size_t)tbr_token_special(tok, s.id[i]);
+    special += (size_t)is_special(tok, s.id[i]);
   EQUAL(special, 3u);
   tbr_sequences_free(&s);
   /* A zero byte doesn't end what a model says. */
   int32_t said[] = {6 + 'a', 6, 6 + 'b'};
   char *reflection, *answer = split_answer(
-      tok, &(Marks){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
+      tok, (int32_t[MARKS]){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
   SAME(answer, "a\xff" "b");
   free(answer);
   tbr_tokenizer_free(tok);
@@ -456,8 +456,8 @@ static void test_cache(void) {
   const int32_t *id = p[7].id;
   int32_t target[N];
   for (size_t i = 0; i < N; i++) target[i] = -1;
-  TbrBatch b = {0};
-  tbr_batch_add(&b, id, target, N);
+  TbrSequences b = {0};
+  tbr_sequences_add(&b, id, target, N);
   TbrActs *a = tbr_acts_new(m, N);
   real *z = mem_raw(N * VOCAB, sizeof *z);
   tbr_logits(m, a, &b, z);
@@ -480,7 +480,7 @@ static void test_cache(void) {
   decoder_free(d);
   free(z);
   tbr_acts_free(a);
-  tbr_batch_free(&b);
+  tbr_sequences_free(&b);
   tbr_answers_free(p, 8);
   tbr_model_free(m);
 }
