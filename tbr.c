@@ -4810,193 +4810,206 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
 
 /* ---- options: one table for grids and for the command line ------------- */
 
-static const TbrOptions default_options = {
-    .world = "data", .out = "out", .base = "", .model = "", .tokenizer = "",
-    .general = "", .safety = "", .bridge = "", .pseudo = "", .prompts = "",
-    .text = "", .prompt = "", .in = "", .form = "native", .rule = "xstest",
-    .reflection = "safety", .style = "own", .too_long = "drop", .arm = "",
-    .mix = "pretrain", .of = "", .by = "model", .baseline = "sft", .grid = "",
-    .file = "",
-    .sizes = {66000, 600, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
-    .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
-    .hidden = 256, .context = 256, .pretrain_steps = 3000,
-    .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
-    .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
-    .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,
-    .lr = 5e-4, .top_p = 1};
-
-#define FIELD(name) offsetof(TbrOptions, name)
-/* kind: s text, n whole number, d number; verbs: the letters (see chapter 13)
- * of those that take it; in a grid, a is for one arm or for all, A only for
- * all, and a base model depends on what has b. */
+/* kind: s text, w one of the words that end its help, n whole number, d
+ * number, p share; verbs: the letters (see chapter 13) of those that take it;
+ * in a grid, a is for one arm or for all, A only for all, and a base model
+ * depends on what has b. */
+#define AT(field) offsetof(TbrOptions, field)
 static const struct {
   const char *name;
   char kind;
   size_t at;
-  const char *verbs, *help;
+  const char *otherwise, *verbs, *help;
 } option[] = {
-    {"world", 's', FIELD(world), "dA", "directory of the world's files"},
-    {"documents", 'n', FIELD(sizes.documents), "dA", "to make for pretraining"},
-    {"make.general", 'n', FIELD(sizes.general), "dA", "general rows to make"},
-    {"make.safety", 'n', FIELD(sizes.safety), "dA", "safety rows to make"},
-    {"make.pseudo", 'n', FIELD(sizes.pseudo), "dA", "pseudo-harmful rows"},
-    {"make.bridge", 'n', FIELD(sizes.bridge), "dA", "bridging rows to make"},
-    {"test.pseudo", 'n', FIELD(sizes.eval_pseudo), "dA", "tests of each kind:"},
-    {"test.harmful", 'n', FIELD(sizes.eval_harmful), "dA", "harmful ones"},
-    {"test.general", 'n', FIELD(sizes.eval_general), "dA", "ordinary ones"},
-    {"in", 's', FIELD(in), "d", "examples to convert; none: make the world's"},
-    {"form", 's', FIELD(form), "d", "to convert to: native or messages"},
-    {"model", 's', FIELD(model), "sge", "a model directory, or a .bin file"},
-    {"base", 's', FIELD(base), "tma", "the model to begin with"},
-    {"tokenizer", 's', FIELD(tokenizer), "sptgema", "if not beside the model"},
-    {"text", 's', FIELD(text), "kp", "text, a document a line"},
-    {"mix", 's', FIELD(mix), "ab", "pretrain on this @mix of the world"},
-    {"general", 's', FIELD(general), "ta", "file of general examples"},
-    {"safety", 's', FIELD(safety), "ta", "file of harmful ones, or none"},
-    {"bridge", 's', FIELD(bridge), "ta", "harmful ones that ask to think"},
-    {"pseudo", 's', FIELD(pseudo), "ta", "file of pseudo-harmful ones"},
-    {"prompts", 's', FIELD(prompts), "ea", "file of prompts to answer"},
-    {"prompt", 's', FIELD(prompt), "g", "the text to answer or to go on from"},
-    {"out", 's', FIELD(out), "dkptemAr", "directory, or file, to write"},
-    {"arm", 's', FIELD(arm), "e", "the arm's name in the results"},
-    {"of", 's', FIELD(of), "a", "the arm whose model answers, untrained"},
-    {"by", 's', FIELD(by), "a", "who answers: model, or a rule of form"},
-    {"baseline", 's', FIELD(baseline), "Ar", "the arm to compare with"},
-    {"grid", 's', FIELD(grid), "r", "grid file whose claims are to be decided"},
-    {"rule", 's', FIELD(rule), "eja", "to judge by: xstest or arditi"},
-    {"seed", 'n', FIELD(seed), "dptgeA", "of all that is random"},
-    {"seeds", 'n', FIELD(seeds), "A", "how many seeds, from --seed on"},
-    {"vocab", 'n', FIELD(vocab), "kab", "tokens in the vocabulary"},
-    {"dim", 'n', FIELD(dim), "pab", "width of the model"},
-    {"layers", 'n', FIELD(layers), "pab", "layers of the model"},
-    {"heads", 'n', FIELD(heads), "pab", "heads of a layer"},
-    {"kv-heads", 'n', FIELD(kv_heads), "pab", "key-value heads of a layer"},
-    {"hidden", 'n', FIELD(hidden), "pab", "width of a layer's SwiGLU"},
-    {"context", 'n', FIELD(context), "pab", "tokens of the longest sequence"},
-    {"pretrain.steps", 'n', FIELD(pretrain_steps), "pab", "optimizer steps"},
-    {"pretrain.batch", 'n', FIELD(pretrain_batch), "pab", "windows a step"},
-    {"pretrain.window", 'n', FIELD(pretrain_window), "pab", "tokens a window"},
-    {"pretrain.warmup", 'n', FIELD(pretrain_warmup), "pab", "warm-up steps"},
-    {"pretrain.lr", 'd', FIELD(pretrain_lr), "pab", "peak learning rate"},
-    {"pretrain.decay", 'd', FIELD(pretrain_decay), "pab", "weight decay"},
-    {"train.steps", 'n', FIELD(steps), "ta", "optimizer steps"},
-    {"train.batch", 'n', FIELD(batch), "ta", "examples a step"},
-    {"train.warmup", 'n', FIELD(warmup), "ta", "warm-up steps"},
-    {"train.lr", 'd', FIELD(lr), "ta", "peak learning rate"},
-    {"train.decay", 'd', FIELD(decay), "ta", "weight decay"},
-    {"reflection", 's', FIELD(reflection), "sta", "on none, safety or all"},
-    {"share", 'd', FIELD(share), "ta", "and on this share of general ones"},
-    {"style", 's', FIELD(style), "ta", "own reworded internal filler "
-                                       "shuffled label"},
-    {"noise", 'd', FIELD(noise), "ta", "share of wrong verdicts"},
-    {"filter", 'n', FIELD(filter), "ta", "1: drop rows whose verdict is wrong"},
-    {"asked", 'd', FIELD(asked), "ta", "share of general ones asked to think"},
-    {"general-rows", 'n', FIELD(general_rows), "ta", "the first N; 0: all"},
-    {"safety-rows", 'n', FIELD(safety_rows), "ta", "the first N; 0: all"},
-    {"bridge-rows", 'n', FIELD(bridge_rows), "ta", "the first N; 0: none"},
-    {"pseudo-rows", 'n', FIELD(pseudo_rows), "ta", "the first N; 0: none"},
-    {"too-long", 's', FIELD(too_long), "ta", "rows too long: drop or cut"},
-    {"rows", 'n', FIELD(rows), "ptab", "tokens at a time"},
-    {"save-every", 'n', FIELD(save_every), "ptA", "steps between checkpoints"},
-    {"limit", 'n', FIELD(limit), "ea", "only N prompts, evenly spaced; 0: all"},
-    {"think", 'n', FIELD(think), "ea", "1: prompts ask to think first"},
-    {"tokens", 'n', FIELD(tokens), "gea", "new tokens at most"},
-    {"temperature", 'd', FIELD(temperature), "gea", "0: the likeliest token"},
-    {"top-p", 'd', FIELD(top_p), "gea", "share of the mass to draw from"},
-    {"show", 'n', FIELD(show), "ds", "print so many of each kind"},
-    {"threads", 'n', FIELD(threads), "xdsktpgejArim", "0: all cores; no result "
-                                                      "depends on it"}};
-
+  {"world", 's', AT(world), "data", "dA", "directory of the world's files"},
+  {"documents", 'n', AT(sizes.documents), "66000",
+   "dA", "to make for pretraining"},
+  {"make.general", 'n', AT(sizes.general), "600", "dA", "general rows to make"},
+  {"make.safety", 'n', AT(sizes.safety), "1000", "dA", "safety rows to make"},
+  {"make.pseudo", 'n', AT(sizes.pseudo), "100", "dA", "pseudo-harmful rows"},
+  {"make.bridge", 'n', AT(sizes.bridge), "20", "dA", "bridging rows to make"},
+  {"test.pseudo", 'n', AT(sizes.eval_pseudo), "400",
+   "dA", "tests of each kind:"},
+  {"test.harmful", 'n', AT(sizes.eval_harmful), "180", "dA", "harmful ones"},
+  {"test.general", 'n', AT(sizes.eval_general), "150", "dA", "ordinary ones"},
+  {"in", 's', AT(in), "", "d", "examples to convert; none: make the world's"},
+  {"form", 'w', AT(form), "native", "d", "to convert to: native messages"},
+  {"model", 's', AT(model), "", "sge", "a model directory, or a .bin file"},
+  {"base", 's', AT(base), "", "tma", "the model to begin with"},
+  {"tokenizer", 's', AT(tokenizer), "", "sptgema", "if not beside the model"},
+  {"text", 's', AT(text), "", "kp", "text, a document a line"},
+  {"mix", 's', AT(mix), "pretrain", "ab", "pretrain on this @mix of the world"},
+  {"general", 's', AT(general), "", "ta", "file of general examples"},
+  {"safety", 's', AT(safety), "", "ta", "file of harmful ones, or none"},
+  {"bridge", 's', AT(bridge), "", "ta", "harmful ones that ask to think"},
+  {"pseudo", 's', AT(pseudo), "", "ta", "file of pseudo-harmful ones"},
+  {"prompts", 's', AT(prompts), "", "ea", "file of prompts to answer"},
+  {"prompt", 's', AT(prompt), "", "g", "the text to answer or to go on from"},
+  {"out", 's', AT(out), "out", "dkptemAr", "directory, or file, to write"},
+  {"arm", 's', AT(arm), "", "e", "the arm's name in the results"},
+  {"of", 's', AT(of), "", "a", "the arm whose model answers, untrained"},
+  {"by", 'w', AT(by), "model", "a", "who answers: model form"},
+  {"baseline", 's', AT(baseline), "sft", "Ar", "the arm to compare with"},
+  {"grid", 's', AT(grid), "", "r", "grid file whose claims are to be decided"},
+  {"rule", 'w', AT(rule), "xstest", "eja", "to judge by: xstest arditi"},
+  {"seed", 'n', AT(seed), "0", "dptgeA", "of all that is random"},
+  {"seeds", 'n', AT(seeds), "1", "A", "how many seeds, from --seed on"},
+  {"vocab", 'n', AT(vocab), "1536", "kab", "tokens in the vocabulary"},
+  {"dim", 'n', AT(dim), "96", "pab", "width of the model"},
+  {"layers", 'n', AT(layers), "3", "pab", "layers of the model"},
+  {"heads", 'n', AT(heads), "4", "pab", "heads of a layer"},
+  {"kv-heads", 'n', AT(kv_heads), "4", "pab", "key-value heads of a layer"},
+  {"hidden", 'n', AT(hidden), "256", "pab", "width of a layer's SwiGLU"},
+  {"context", 'n', AT(context), "256", "pab", "tokens of the longest sequence"},
+  {"pretrain.steps", 'n', AT(pretrain.steps), "3000", "pab", "optimizer steps"},
+  {"pretrain.batch", 'n', AT(pretrain.batch), "8", "pab", "windows a step"},
+  {"pretrain.window", 'n', AT(window), "96", "pab", "tokens a window"},
+  {"pretrain.warmup", 'n', AT(pretrain.warmup), "50", "pab", "warm-up steps"},
+  {"pretrain.lr", 'd', AT(pretrain.lr), "0.004", "pab", "peak learning rate"},
+  {"pretrain.decay", 'd', AT(pretrain.decay), "0.05", "pab", "weight decay"},
+  {"train.steps", 'n', AT(train.steps), "400", "ta", "optimizer steps"},
+  {"train.batch", 'n', AT(train.batch), "16", "ta", "examples a step"},
+  {"train.warmup", 'n', AT(train.warmup), "10", "ta", "warm-up steps"},
+  {"train.lr", 'd', AT(train.lr), "0.0005", "ta", "peak learning rate"},
+  {"train.decay", 'd', AT(train.decay), "0", "ta", "weight decay"},
+  {"reflection", 'w', AT(reflection), "safety",
+   "sta", "which rows reflect: none safety all"},
+  {"share", 'p', AT(share), "0", "ta", "and on this share of general ones"},
+  {"style", 'w', AT(style), "own",
+   "ta", "of reflections: own reworded internal filler shuffled label"},
+  {"noise", 'p', AT(noise), "0", "ta", "share of wrong verdicts"},
+  {"filter", 'n', AT(filter), "0", "ta", "1: drop rows whose verdict is wrong"},
+  {"asked", 'p', AT(asked), "0", "ta", "share of general ones asked to think"},
+  {"general-rows", 'n', AT(general_rows), "0", "ta", "the first N; 0: all"},
+  {"safety-rows", 'n', AT(safety_rows), "0", "ta", "the first N; 0: all"},
+  {"bridge-rows", 'n', AT(bridge_rows), "0", "ta", "the first N; 0: none"},
+  {"pseudo-rows", 'n', AT(pseudo_rows), "0", "ta", "the first N; 0: none"},
+  {"too-long", 'w', AT(too_long), "drop",
+   "ta", "rows that are too long: drop cut"},
+  {"rows", 'n', AT(rows), "4096", "ptab", "tokens at a time"},
+  {"save-every", 'n', AT(save_every), "500",
+   "ptA", "steps between checkpoints"},
+  {"limit", 'n', AT(limit), "0", "ea", "only N prompts, evenly spaced; 0: all"},
+  {"think", 'n', AT(think), "0", "ea", "1: prompts ask to think first"},
+  {"tokens", 'n', AT(tokens), "160", "gea", "new tokens at most"},
+  {"temperature", 'd', AT(temperature), "0", "gea", "0: the likeliest token"},
+  {"top-p", 'p', AT(top_p), "1", "gea", "share of the mass to draw from"},
+  {"show", 'n', AT(show), "3", "ds", "print so many of each kind"},
+  {"threads", 'n', AT(threads), "0",
+   "xdsktpgejArim", "0: all cores; no result depends on it"}};
 enum { OPTIONS = sizeof option / sizeof *option };
 
 /* Sets one option from text; where says where that text stands. */
 static void option_set(TbrOptions *o, size_t which, const char *value,
                        const char *where) {
-  char *end, *at = (char *)o + option[which].at;
-  if (option[which].kind == 's') {
+  char kind = option[which].kind, *end, *at = (char *)o + option[which].at;
+  double x = strtod(value, &end), most = kind == 'p' ? 1 : 1e9;
+  if (kind == 'w') {
+    const char *words = strchr(option[which].help, ':') + 1;
+    char *known = format_string("%s ", words);
+    char *word = format_string(" %s ", value);
+    if (!strstr(known, word) || strchr(value, ' '))
+      tbr_fail("%s cannot be \"%s\"; it is one of:%s", where, value, words);
+    free(known), free(word);
+  }
+  if (kind == 's' || kind == 'w') {
     memcpy(at, &value, sizeof value);
     return;
   }
-  double x = strtod(value, &end);
-  if (end == value || *end || !(x >= 0 && x <= 1e9))
-    tbr_fail("%s: \"%s\" is no number from 0 to 1e9", where, value);
+  if (end == value || *end || !(x >= 0 && x <= most))
+    tbr_fail("%s: \"%s\" is no number from 0 to %g", where, value, most);
   size_t n = (size_t)x;
-  if (option[which].kind == 'd') memcpy(at, &x, sizeof x);
+  if (kind != 'n') memcpy(at, &x, sizeof x);
   else if ((double)n == x) memcpy(at, &n, sizeof n);
   else tbr_fail("%s: \"%s\" is no whole number", where, value);
 }
 
-/* The option that `name` says, in full or without "VERB.", among those of a
- * verb, which have one of its letters; OPTIONS if there is none. */
-static size_t option_find(const char *name, const char *verb,
-                          const char *letters) {
-  for (size_t i = 0; i < OPTIONS; i++) {
-    const char *full = option[i].name;
-    size_t v = strlen(verb);
-    if (!strpbrk(option[i].verbs, letters)) continue;
-    if (!strcmp(full, name)) return i;
-    if (!strncmp(full, verb, v) && full[v] == '.' &&
-        !strcmp(full + v + 1, name))
-      return i;
-  }
-  return OPTIONS;
+static TbrOptions options_default(void) {
+  TbrOptions o = {.file = ""};
+  for (size_t i = 0; i < OPTIONS; i++)
+    option_set(&o, i, option[i].otherwise, option[i].name);
+  return o;
 }
 
-/* Fails if a word or a share among the options is none that is known. */
-static void options_check(const TbrOptions *o) {
-  const char *const word[][3] = {
-      {"reflection", o->reflection, " none safety all "},
-      {"style", o->style, " own reworded internal filler shuffled label "},
-      {"too-long", o->too_long, " drop cut "},
-      {"rule", o->rule, " xstest arditi "},
-      {"by", o->by, " model form "},
-      {"form", o->form, " native messages "}};
-  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
-    char *padded = format_string(" %s ", word[i][1]);
-    if (!strstr(word[i][2], padded) || strchr(word[i][1], ' '))
-      tbr_fail("--%s cannot be \"%s\"; it is one of:%s", word[i][0], word[i][1],
-               word[i][2]);
-    free(padded);
-  }
-  if (o->share > 1 || o->top_p > 1 || o->asked > 1 || o->noise > 1)
-    tbr_fail("--share, --asked, --noise and --top-p are shares: from 0 to 1");
+/* The name of an option as a verb takes it: without "VERB." before it. */
+static const char *option_name(size_t which, const char *verb) {
+  const char *name = option[which].name;
+  size_t n = strlen(verb);
+  return !strncmp(name, verb, n) && name[n] == '.' ? name + n + 1 : name;
+}
+
+/* The option of that name, in full or as the verb takes it, among those that
+ * have one of its letters; OPTIONS if there is none. */
+static size_t option_find(const char *name, const char *verb,
+                          const char *letters) {
+  size_t i = 0;
+  while (i < OPTIONS && (!strpbrk(option[i].verbs, letters) ||
+                         (strcmp(name, option[i].name) &&
+                          strcmp(name, option_name(i, verb)))))
+    i++;
+  return i;
 }
 
 /* ---- grids ------------------------------------------------------------- */
 
-/* What is claimed of the arms, and the rule that decides it: conditions like
- * "FR sft - tbr > 0", divided by &. */
-typedef struct { char *name, *text, *rule; } Claim;
+/* The rates: their letters in claims, the table that they are in, and what of
+ * which prompts is counted. */
+static const struct {
+  const char *code;
+  int table;
+  const char *title, *label;
+  size_t count;
+} rate_column[] = {
+    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
+    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
+    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
+    {"GE", 0, "general exact", "harmless", TBR_EXACT},
+    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
+    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
+     TBR_AGAINST_ITSELF},
+    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
+    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
+    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
+
+enum { RATES = sizeof rate_column / sizeof *rate_column };
+
+/* A condition of a claim: the sum of one rate of some arms, each times its
+ * factor, is above or below a bound. */
+enum { MOST_TERMS = 16 };
+typedef struct { double factor; const char *arm; } Term;
+typedef struct {
+  const char *name, *claim, *text; /* of the claim; and its own rule */
+  size_t rate, terms;
+  Term term[MOST_TERMS];
+  double bound;
+  int above, last; /* last: of its claim */
+} Condition;
 
 /* A grid file: lines `option = value` that hold for all arms, then lines
- * `arm NAME option=value ...` and `claim NAME | TEXT | RULE`. The text must
- * live as long as the grid. */
+ * `arm NAME option=value ...` and `claim NAME | TEXT | RULE`. */
 typedef struct {
-  char *text;
+  char *text; /* which the strings point into */
   TbrOptions shared, *arm;
-  Claim *claim;
-  size_t arms, cap, claims, claim_cap;
+  Condition *condition;
+  size_t arms, arm_cap, conditions, condition_cap;
 } Grid;
-
-static void condition_check(const char *rule, const Grid *g, const char *where);
 
 /* Sets the option in "name = value", divided in place, or fails. */
 static void grid_set(TbrOptions *o, char *text, const char *letters,
                      const char *where) {
-  char *equals = strchr(text, '=');
-  if (!equals)
-    tbr_fail("%s: \"%s\" should be option=value", where, text);
-  *equals = 0;
+  char *value = strchr(text, '=');
+  if (!value) tbr_fail("%s: \"%s\" should be option=value", where, text);
+  *value++ = 0;
   text = trim(text);
-  size_t which = option_find(text, "ablate", letters);
-  if (which == OPTIONS && option_find(text, "ablate", "A") < OPTIONS)
-    tbr_fail("%s: %s holds for all arms; it should stand before the first",
-             where, text);
+  size_t which = option_find(text, "ablate", "aA");
   if (which == OPTIONS)
     tbr_fail("%s: there is no option \"%s\"; `tbr help ablate` lists them",
              where, text);
-  char *place = format_string("%s: %s", where, text);
-  option_set(o, which, trim(equals + 1), place);
+  if (!strpbrk(option[which].verbs, letters))
+    tbr_fail("%s: %s holds for all arms; it should stand before the first",
+             where, text);
+  char *place = format_string("%s: --%s", where, text);
+  option_set(o, which, trim(value), place);
   free(place);
 }
 
@@ -5019,28 +5032,63 @@ static void grid_arm(Grid *g, char *line, const char *where) {
   if (grid_find(g, word))
     tbr_fail("%s: there is an arm \"%s\" already", where, word);
   while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", where);
-  options_check(&o);
   if (*o.of && (!grid_find(g, o.of) || *grid_find(g, o.of)->of))
     tbr_fail("%s: of=%s should name an arm above that is trained", where, o.of);
-  g->arm = mem_grow(g->arm, &g->cap, g->arms + 1, sizeof *g->arm);
+  g->arm = mem_grow(g->arm, &g->arm_cap, g->arms + 1, sizeof *g->arm);
   g->arm[g->arms++] = o;
+}
+
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
+ * and arms should stand above. */
+static Condition condition_read(const char *text, const Grid *g,
+                                const char *where) {
+  char *copy = copy_string(text), *word = strtok(copy, " "), *end = copy;
+  Condition c = {.text = text};
+  double factor = 1;
+  while (c.rate < RATES && (!word || strcmp(word, rate_column[c.rate].code)))
+    c.rate++;
+  while ((word = strtok(NULL, " ")) != NULL && !strchr("<>", *word)) {
+    double x = strtod(word, &end);
+    const TbrOptions *arm = grid_find(g, word);
+    if (!strcmp(word, "+") || !strcmp(word, "-")) {
+      factor = *word == '-' ? -1 : 1;
+    } else if (!*end) {
+      factor *= x;
+    } else {
+      if (!arm) tbr_fail("%s: there is no arm \"%s\" above", where, word);
+      if (c.terms < MOST_TERMS) c.term[c.terms] = (Term){factor, arm->arm};
+      c.terms++, factor = 1;
+    }
+  }
+  c.above = word && *word == '>';
+  word = word ? strtok(NULL, " ") : NULL;
+  if (word) c.bound = strtod(word, &end);
+  if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
+    tbr_fail("%s: a rule is conditions like `FR sft - 0.5 tbr > 0` of up to "
+             "%d arms, divided by &; \"%s\" is none", where, MOST_TERMS, text);
+  free(copy);
+  return c;
 }
 
 /* One line `claim NAME | TEXT | RULE`, divided in place. */
 static void grid_claim(Grid *g, char *line, const char *where) {
   char *text = strchr(line, '|'), *rule = text ? strchr(text + 1, '|') : NULL;
   if (!rule) tbr_fail("%s: this should be `claim NAME | TEXT | RULE`", where);
-  *text = *rule = 0;
-  Claim c = {trim(line), trim(text + 1), trim(rule + 1)};
-  condition_check(c.rule, g, where);
-  g->claim = mem_grow(g->claim, &g->claim_cap, g->claims + 1, sizeof c);
-  g->claim[g->claims++] = c;
+  for (*text++ = *rule++ = 0; rule;) {
+    char *one = rule;
+    if ((rule = strchr(rule, '&')) != NULL) *rule++ = 0;
+    Condition c = condition_read(trim(one), g, where);
+    c.name = trim(line), c.claim = trim(text), c.last = !rule;
+    g->condition = mem_grow(g->condition, &g->condition_cap,
+                            g->conditions + 1, sizeof c);
+    g->condition[g->conditions++] = c;
+  }
 }
 
-/* Reads a grid; options given (names and values in turn, then NULL) take the
- * place of what the file says for all. */
+/* Reads a grid; the options among the given words take the place of what the
+ * file says for all. */
 static Grid grid_read(const char *path, const char *const *given) {
-  Grid g = {.text = read_file(path, NULL), .shared = default_options};
+  Grid g = {.text = read_file(path, NULL), .shared = options_default()};
   size_t number = 0;
   for (char *line = g.text, *next; line; line = next) {
     char *where = format_string("%s:%zu", path, ++number);
@@ -5048,17 +5096,16 @@ static Grid grid_read(const char *path, const char *const *given) {
     if (next) *next++ = 0;
     line[strcspn(line, "#")] = 0;
     line = trim(line);
-    if (!strncmp(line, "arm ", 4)) {
-      for (size_t i = 0; !g.arms && given && given[i]; i += 2)
-        option_set(&g.shared, option_find(given[i], "ablate", "aA"),
-                   given[i + 1], given[i]);
-      grid_arm(&g, line + 4, where);
-    } else if (!strncmp(line, "claim ", 6)) {
+    if (!strncmp(line, "claim ", 6)) {
       grid_claim(&g, line + 6, where);
-    } else if (*line && g.arms) {
-      tbr_fail("%s: what holds for all must stand before the first arm", where);
+    } else if (!strncmp(line, "arm ", 4)) {
+      for (; !g.arms && given && *given; given++)
+        if (!strncmp(*given, "--", 2))
+          option_set(&g.shared, option_find(*given + 2, "ablate", "aA"),
+                     given[1], *given), given++;
+      grid_arm(&g, line + 4, where);
     } else if (*line) {
-      grid_set(&g.shared, line, "aA", where);
+      grid_set(&g.shared, line, g.arms ? "" : "aA", where);
     }
     free(where);
   }
@@ -5067,7 +5114,7 @@ static Grid grid_read(const char *path, const char *const *given) {
 }
 
 static void grid_free(Grid *g) {
-  free(g->text), free(g->arm), free(g->claim);
+  free(g->text), free(g->arm), free(g->condition);
 }
 
 /* ---- one cell of a grid ------------------------------------------------ */
@@ -5201,21 +5248,14 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
   tbr_examples_free(&e);
 }
 
-/* The recipe of a training among the options. */
-static TbrTraining training_of(const TbrOptions *o, int pretraining) {
-  TbrTraining t = {
-      .steps = pretraining ? o->pretrain_steps : o->steps,
-      .batch = pretraining ? o->pretrain_batch : o->batch,
-      .warmup = pretraining ? o->pretrain_warmup : o->warmup,
-      .lr = pretraining ? o->pretrain_lr : o->lr,
-      .decay = pretraining ? o->pretrain_decay : o->decay,
-      .cosine = pretraining, .last = pretraining ? 0.1 : 0, .beta1 = 0.9,
-      .beta2 = 0.98, .eps = 1e-8, .clip = 1, .rows = o->rows,
-      .save_every = o->save_every, .seed = o->seed};
+/* A recipe among the options, with what is none. */
+static TbrTraining training_of(const TbrOptions *o, TbrTraining t) {
+  t.beta1 = 0.9, t.beta2 = 0.98, t.eps = 1e-8, t.clip = 1;
+  t.rows = o->rows, t.save_every = o->save_every, t.seed = o->seed;
   return t;
 }
 
-void tbr_finetune(const TbrOptions *o, const char *directory) {
+void tbr_finetune(const TbrOptions *o) {
   Pair p = pair_load(o->base, o->tokenizer);
   TbrSequences s = {0};
   Buf report = {0};
@@ -5226,16 +5266,18 @@ void tbr_finetune(const TbrOptions *o, const char *directory) {
   if (!s.n)
     tbr_fail("no examples to train on: --general and --safety name files%s",
              report.n ? "; all rows in them are longer than the context" : "");
-  TbrTraining t = training_of(o, 0);
-  tbr_train(p.model, p.tok, &s, &t, directory, *o->arm ? o->arm : "train");
-  write_in(directory, "rows.jsonl", report.s, report.n);
+  TbrTraining t = training_of(o, o->train);
+  tbr_train(p.model, p.tok, &s, &t, o->out, *o->arm ? o->arm : "train");
+  write_in(o->out, "rows.jsonl", report.s, report.n);
   buf_free(&report);
   tbr_sequences_free(&s);
   pair_free(&p);
 }
 
-void tbr_pretrain(const TbrOptions *o, const char *directory) {
+void tbr_pretrain(const TbrOptions *o) {
   size_t n;
+  if (!*o->text || !*o->tokenizer)
+    tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
   char *text = read_file(o->text, &n);
   TbrTokenizer *tok = tbr_tokenizer_load(o->tokenizer, 0);
   TbrConfig c = {.vocab = tbr_tokenizer_vocab(tok), .dim = o->dim,
@@ -5247,34 +5289,35 @@ void tbr_pretrain(const TbrOptions *o, const char *directory) {
     tbr_fail("a width of %zu cannot be divided among %zu heads", c.dim,
              c.heads);
   c.head_dim = c.dim / c.heads;
-  if (!o->pretrain_window || o->pretrain_window > c.context)
+  if (!o->window || o->window > c.context)
     tbr_fail("a window of %zu tokens doesn't fit into a context of %zu",
-             o->pretrain_window, c.context);
+             o->window, c.context);
   TbrSequences s = {0};
   TbrModel *m = tbr_model_new(&c);
   tbr_model_init(m, o->seed);
-  tbr_text_sequences(&s, tok, text, n, o->pretrain_window);
-  TbrTraining t = training_of(o, 1);
-  tbr_train(m, tok, &s, &t, directory, "pretrain");
+  tbr_text_sequences(&s, tok, text, n, o->window);
+  TbrTraining t = training_of(o, o->pretrain);
+  t.cosine = 1, t.last = 0.1;
+  tbr_train(m, tok, &s, &t, o->out, "pretrain");
   tbr_sequences_free(&s);
   tbr_model_free(m);
   tbr_tokenizer_free(tok);
   free(text);
 }
 
-void tbr_make_tokenizer(const TbrOptions *o, const char *directory) {
+void tbr_make_tokenizer(const TbrOptions *o) {
   size_t n;
+  if (!*o->text) tbr_fail("--text names the text to learn from");
   char *text = read_file(o->text, &n);
   TbrTokenizer *tok = tbr_tokenizer_train(text, n, o->vocab);
-  make_directory(directory);
-  tbr_tokenizer_save(tok, directory);
+  make_directory(o->out);
+  tbr_tokenizer_save(tok, o->out);
   tbr_tokenizer_free(tok);
   free(text);
 }
 
 /* ---- statistics -------------------------------------------------------- */
 
-/* Wilson's 95% interval of k in n. */
 void tbr_wilson(size_t k, size_t n, double *low, double *high) {
   const double z = 1.959963984540054;
   double N = (double)n, p = n ? (double)k / N : 0;
@@ -5286,7 +5329,6 @@ void tbr_wilson(size_t k, size_t n, double *low, double *high) {
   *high = k < n ? (middle + half) / size : 1;
 }
 
-/* The 97.5% quantile of Student's t. */
 double tbr_t_quantile(size_t freedom) {
   static const double t[] = {
       12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060,
@@ -5300,7 +5342,6 @@ double tbr_t_quantile(size_t freedom) {
   return 1.959964 + 2.3723 / f + 2.8224 / (f * f);
 }
 
-/* Mean of x and half of its 95% t-interval; 0 for a single value. */
 double tbr_mean(const double *x, size_t n, double *half) {
   double mean = 0, square = 0;
   for (size_t i = 0; i < n; i++) mean += x[i] / (double)n;
@@ -5344,25 +5385,20 @@ static void results_add(TbrResults *to, const TbrResults *from) {
     *result_line(to, x->arm, x->seed, x->label, x->type) = *x;
 }
 
-/* Adds the results in a file; with cell, only if they carry that mark.
- * Returns whether it did. */
+/* Adds the results in a file. Returns whether there are any and all carry the
+ * mark `cell`. */
 static int results_read(const char *path, TbrResults *r, const char *cell) {
-  size_t number = 0, before = r->n;
+  size_t number = 0;
+  int same = 1;
   char *text = read_file(path, NULL);
   for (char *line = text; *line;) {
     size_t len = strcspn(line, "\n");
     Json *j = json_parse(line, len, path, ++number);
     const char *arm = json_string(j, "arm", NULL);
-    const char *mark = json_string(j, "cell", "");
-    if (!arm || (cell && strcmp(mark, cell))) {
-      json_free(j);
-      free(text);
-      r->n = before;
-      if (arm) return 0;
+    if (!arm)
       tbr_fail("%s:%zu: is no line of results: it names no arm", path, number);
-    }
-    TbrResult *to = result_line(r, arm,
-                                (uint64_t)json_number(j, "seed", 0),
+    same = same && !strcmp(json_string(j, "cell", ""), cell);
+    TbrResult *to = result_line(r, arm, (uint64_t)json_number(j, "seed", 0),
                                 json_string(j, "label", "unknown"),
                                 json_string(j, "type", "unknown"));
     for (size_t c = 0; c < TBR_COUNTS; c++) {
@@ -5375,73 +5411,61 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
     line += len + (line[len] == '\n');
   }
   free(text);
-  return number > 0;
+  return same && number;
 }
 
 /* ---- the rule that sees only a prompt's form --------------------------- */
 
-/* What the rule learned: how often each word came, in how many prompts; and
- * how many harmful (upper half) and other prompts had each form. */
-typedef struct {
-  Map words, forms;
-  size_t prompts, harmful;
-} FormRule;
-
 /* The form of a prompt as a key: its words in lower case, with one gap for
- * each run of words that come less than once in twenty prompts. With `learn`,
- * counts its words instead. */
-static uint64_t form_of(FormRule *f, const char *prompt, int learn) {
+ * each run of words that come less than once in twenty of n prompts. With n 0,
+ * counts its words. */
+static uint64_t form_of(Map *words, size_t n, const char *prompt) {
   static const char letters[] = "abcdefghijklmnopqrstuvwxyz0123456789'";
-  char *text = lower_trimmed(prompt);
+  char *text = lower_trimmed(prompt), *s = text;
   uint64_t form = HASH_START;
   int gap = 0;
-  for (char *s = text + strcspn(text, letters); *s; s += strcspn(s, letters)) {
-    size_t n = strspn(s, letters);
-    uint64_t key = hash_bytes(HASH_START, s, n) | 1;
-    int known = map_get(&f->words, key) * 20 >= f->prompts;
-    if (learn) ++*map_put(&f->words, key);
-    if (known) form = hash_bytes(form, &key, sizeof key);
+  while (*(s += strcspn(s, letters))) {
+    size_t length = strspn(s, letters);
+    uint64_t key = hash_bytes(HASH_START, s, length) | 1;
+    int common = map_get(words, key) * 20 >= n;
+    if (!n) ++*map_put(words, key);
+    if (common) form = hash_bytes(form, &key, sizeof key);
     else if (!gap) form = hash_bytes(form, "_", 1);
-    gap = !known;
-    s += n;
+    gap = !common;
+    s += length;
   }
   free(text);
   return form | 1;
 }
 
-/* Learns from the rows that an arm would be trained on: first which words
- * are form, then which forms are harmful. */
-static FormRule form_rule(const TbrOptions *o) {
-  FormRule f = {0};
-  const char *path[] = {o->general, o->safety};
-  size_t most[] = {o->general_rows, o->safety_rows};
-  for (int pass = 0; pass < 4; pass++) {
-    if (!*path[pass & 1]) continue;
-    TbrExamples e = tbr_examples_read(path[pass & 1]);
-    size_t n = most[pass & 1] && most[pass & 1] < e.n ? most[pass & 1] : e.n;
-    for (size_t i = 0; i < n; i++) {
-      uint64_t form = form_of(&f, e.row[i].prompt, pass < 2);
-      if (pass < 2) f.prompts++, f.harmful += (size_t)pass;
-      else *map_put(&f.forms, form) += pass & 1 ? (uint64_t)1 << 32 : 1;
-    }
-    tbr_examples_free(&e);
-  }
-  return f;
-}
-
-/* Judges the tests by that rule: it refuses what has a form that is commoner
- * among harmful prompts than among others, and says nothing else. */
-static void form_evaluate(const TbrOptions *o, const TbrExamples *e,
+/* Judges tests by the rows that an arm would be trained on: refuses what has a
+ * form that is commoner among harmful prompts than among others, and says
+ * nothing else. */
+static void form_evaluate(const TbrOptions *o, const TbrExamples *tests,
                           TbrResults *results) {
-  FormRule f = form_rule(o);
-  for (size_t i = 0; i < e->n; i++) {
-    uint64_t seen = map_get(&f.forms, form_of(&f, e->row[i].prompt, 0));
-    TbrJudgement j = {0};
-    j.refusal = (seen >> 32) * (f.prompts - f.harmful) >
-                (seen & UINT32_MAX) * f.harmful;
-    count_judgement(results, o->arm, o->seed, &e->row[i], &j);
+  const char *path[] = {o->general, o->safety};
+  size_t n[] = {o->general_rows, o->safety_rows}, i;
+  TbrExamples e[2] = {{0}};
+  Map words = {0}, forms[2] = {{0}};
+  for (int k = 0; k < 2; k++) {
+    if (*path[k]) e[k] = tbr_examples_read(path[k]);
+    if (!n[k] || n[k] > e[k].n) n[k] = e[k].n;
+    for (i = 0; i < n[k]; i++) form_of(&words, 0, e[k].row[i].prompt);
   }
-  free(f.words.slot), free(f.forms.slot);
+  size_t all = n[0] + n[1];
+  for (int k = 0; k < 2; k++) {
+    for (i = 0; i < n[k]; i++)
+      ++*map_put(&forms[k], form_of(&words, all, e[k].row[i].prompt));
+    tbr_examples_free(&e[k]);
+  }
+  for (i = 0; i < tests->n; i++) {
+    uint64_t form = form_of(&words, all, tests->row[i].prompt);
+    TbrJudgement j = {0};
+    j.refusal = map_get(&forms[1], form) * n[0] >
+                map_get(&forms[0], form) * n[1];
+    count_judgement(results, o->arm, o->seed, &tests->row[i], &j);
+  }
+  free(words.slot), free(forms[0].slot), free(forms[1].slot);
 }
 
 /* ---- the grid ---------------------------------------------------------- */
@@ -5493,22 +5517,23 @@ static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
   free(text);
 }
 
-void tbr_eval(const TbrOptions *o, const char *directory,
-              TbrResults *results) {
+void tbr_eval(const TbrOptions *o, TbrResults *results) {
+  if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
   Pair p = pair_load(o->model, o->tokenizer);
   TbrExamples e = tests_read(o);
   TbrResults mine = {0};
   TbrSampling s = {o->temperature, o->top_p, o->tokens, {-1, -1}, o->seed};
-  char mark[17], *path = path_in(directory, "results.jsonl");
+  char mark[17], *path = path_in(o->out, "results.jsonl");
   eval_mark(mark, o, &p, &e);
   if (!file_exists(path) || !results_read(path, &mine, mark)) {
     const char *arm = *o->arm ? o->arm : o->model;
+    mine.n = 0;
     size_t cut = tbr_evaluate(p.model, p.tok, &e, &s, o->rule, arm, o->seed,
-                              directory, &mine);
+                              o->out, &mine);
     if (cut)
       fprintf(stderr, "tbr: %s: %zu of %zu prompts are longer than the context "
               "and were cut\n", o->prompts, cut, e.n);
-    results_write(directory, &mine, mark);
+    results_write(o->out, &mine, mark);
   }
   results_add(results, &mine);
   free(mine.row), free(path);
@@ -5516,35 +5541,34 @@ void tbr_eval(const TbrOptions *o, const char *directory,
   pair_free(&p);
 }
 
-/* One piece of work on a grid: a base to be pretrained, or an arm's cell. */
+/* One cell of a grid: the options of an arm under a seed, which own their
+ * paths; whether its base is to be pretrained; and what came out. */
 typedef struct {
   TbrOptions o;
-  char *base, *text, *model, *own; /* paths; the last is the cell's directory */
-  char *made[KINDS + 1];           /* rows of each kind, and the tests */
+  int needs_base;
   TbrResults results;
 } Job;
 
-/* Tokenizer and base model of one seed. */
+/* Tokenizer and base model of a cell. */
 static void job_base(Job *j) {
   TbrOptions o = j->o;
-  o.text = j->text;
-  o.tokenizer = j->base;
-  tbr_make_tokenizer(&o, j->base);
-  tbr_pretrain(&o, j->base);
+  o.out = o.tokenizer = o.base;
+  tbr_make_tokenizer(&o);
+  tbr_pretrain(&o);
 }
 
 /* Trains and evaluates one cell. */
 static void job_cell(Job *j) {
-  if (!strcmp(j->o.by, "form")) {
-    TbrExamples e = tests_read(&j->o);
-    form_evaluate(&j->o, &e, &j->results);
+  TbrOptions o = j->o;
+  if (!strcmp(o.by, "form")) {
+    TbrExamples e = tests_read(&o);
+    form_evaluate(&o, &e, &j->results);
     tbr_examples_free(&e);
     return;
   }
-  if (!*j->o.of) tbr_finetune(&j->o, j->own);
-  j->o.model = j->model;
-  j->o.tokenizer = "";
-  tbr_eval(&j->o, j->own, &j->results);
+  if (!*o.of) tbr_finetune(&o);
+  o.tokenizer = "";
+  tbr_eval(&o, &j->results);
 }
 
 /* For qsort: larger models first, then the order of the grid. */
@@ -5555,32 +5579,28 @@ static int job_order(const void *a, const void *b) {
   return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
 }
 
-/* Says on a terminal how many jobs are done, and when the rest may be. */
-static void job_done(const char *what, size_t done, size_t n, double began) {
-  if (!is_terminal(stderr)) return;
-  double spent = now() - began;
-  fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", done, n, what,
-          spent, spent / (double)done * (double)(n - done));
-}
-
 /* Runs n jobs, the longest first: side by side, one thread each, as long as
  * all threads have one; what is left over one by one, with all threads inside.
- * Says how far it is. */
+ * Says on a terminal how many are done, and when the rest may be. */
 static void run_jobs(void (*work)(Job *), Job **job, size_t n,
                      const char *what) {
-  size_t team = (size_t)threads(), done = 0;
-  size_t side_by_side = team == 1 ? 0 : n / team * team;
+  size_t team = (size_t)threads(), done = 0, end = 0;
   double began = now();
   if (n) qsort(job, n, sizeof *job, job_order);
-#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
-  for (size_t i = 0; i < side_by_side; i++) {
-    work(job[i]);
+  for (int alone = team == 1; alone < 2; alone++) {
+    size_t from = end;
+    end = alone ? n : n / team * team;
+#pragma omp parallel for num_threads(alone ? 1 : (int)team) schedule(dynamic, 1)
+    for (size_t i = from; i < end; i++) {
+      work(job[i]);
+      if (!is_terminal(stderr)) continue;
 #pragma omp critical(tbr_files)
-    job_done(what, ++done, n, began);
-  }
-  for (size_t i = side_by_side; i < n; i++) {
-    work(job[i]);
-    job_done(what, ++done, n, began);
+      {
+        double spent = now() - began, each = spent / (double)++done;
+        fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", done,
+                n, what, spent, each * (double)(n - done));
+      }
+    }
   }
 }
 
@@ -5599,84 +5619,89 @@ static uint64_t base_hash(const TbrOptions *o) {
   return h;
 }
 
-/* Prepares the job of an arm under a seed. What the grid doesn't name comes
- * from the built-in world and the base that was pretrained on it. */
+/* The job of an arm under a seed. What the grid doesn't name comes from the
+ * built-in world and the base that was pretrained on it. */
 static Job job_of(const TbrOptions *arm, const TbrOptions *shared,
-                  uint64_t seed) {
+                  size_t seed) {
   static const char *const name[] = {"general", "safety", "bridge", "pseudo",
                                      "eval"};
   Job j = {.o = *arm};
-  const char **file[] = {&j.o.general, &j.o.safety, &j.o.bridge, &j.o.pseudo,
-                         &j.o.prompts};
-  j.o.seed = (size_t)seed;
-  char *home = format_string("%s/seed-%llu", shared->out,
-                             (unsigned long long)seed);
-  j.base = base_hash(arm) == base_hash(shared)
-               ? path_in(home, "base")
-               : format_string("%s/base-%08x", home,
-                               (unsigned)(base_hash(arm) & 0xffffffffu));
-  j.text = format_string("%s/data/%s.txt", home, arm->mix);
-  j.own = path_in(home, arm->arm);
-  j.model = path_in(home, *arm->of ? arm->of : arm->arm);
+  TbrOptions *o = &j.o;
+  const char **file[] = {&o->general, &o->safety, &o->bridge, &o->pseudo,
+                         &o->prompts};
+  char *home = format_string("%s/seed-%zu", shared->out, seed);
   for (size_t i = 0; i < KINDS + 1; i++) {
-    j.made[i] = format_string("%s/data/%s.jsonl", home, name[i]);
-    if (**file[i] && strcmp(*file[i], "none") && !file_exists(*file[i]))
-      tbr_fail("%s: cannot be opened; arm %s names it as %s", *file[i],
-               arm->arm, name[i]);
-    if (!**file[i]) *file[i] = j.made[i];
-    if (!strcmp(*file[i], "none")) *file[i] = "";
+    const char *path = *file[i];
+    int none = !strcmp(path, "none");
+    if (*path && !none && !file_exists(path))
+      tbr_fail("%s: cannot be opened; arm %s names it as %s", path, arm->arm,
+               name[i]);
+    *file[i] = *path ? copy_string(none ? "" : path)
+                     : format_string("%s/data/%s.jsonl", home, name[i]);
   }
-  if (!*j.o.base) j.o.base = j.base;
+  unsigned long long hash = base_hash(arm);
+  j.needs_base = !*o->base;
+  o->base = *o->base ? copy_string(o->base)
+          : hash == base_hash(shared) ? path_in(home, "base")
+          : format_string("%s/base-%08llx", home, hash & 0xffffffff);
+  o->text = format_string("%s/data/%s.txt", home, o->mix);
+  o->out = path_in(home, o->arm);
+  o->model = path_in(home, *o->of ? o->of : o->arm);
+  o->seed = seed;
   free(home);
   return j;
 }
 
 static void job_free(Job *j) {
-  for (size_t i = 0; i < KINDS + 1; i++) free(j->made[i]);
-  free(j->base), free(j->text), free(j->model), free(j->own);
+  const TbrOptions *o = &j->o;
+  const char *const own[] = {o->general, o->safety, o->bridge, o->pseudo,
+                             o->prompts, o->base, o->text, o->out, o->model};
+  for (size_t i = 0; i < sizeof own / sizeof *own; i++) free((char *)own[i]);
   free(j->results.row);
 }
 
-/* The jobs whose base the grid doesn't name, each base once. */
-static size_t bases_of(Job **base, Job *cell, size_t cells) {
-  size_t n = 0;
+/* The cells of a grid, to be freed one by one; each base is made by the first
+ * that needs it. */
+static Job *jobs_of(const Grid *g, size_t cells) {
+  Job *cell = mem_new(cells, sizeof *cell);
   for (size_t i = 0; i < cells; i++) {
-    int have = cell[i].o.base != cell[i].base;
-    for (size_t k = 0; k < n; k++)
-      have = have || !strcmp(base[k]->base, cell[i].base);
-    if (!have) base[n++] = &cell[i];
+    cell[i] = job_of(&g->arm[i % g->arms], &g->shared,
+                     g->shared.seed + i / g->arms);
+    for (size_t k = 0; k < i; k++)
+      if (!strcmp(cell[k].o.base, cell[i].o.base)) cell[i].needs_base = 0;
   }
-  return n;
+  return cell;
 }
 
-void tbr_ablate(const TbrOptions *o, TbrResults *results) {
-  Grid g = grid_read(o->grid, o->given);
-  size_t seeds = g.shared.seeds, cells = seeds * g.arms, n = 0;
-  if (!seeds) tbr_fail("%s: seeds must be at least 1", o->grid);
-  Job *cell = mem_new(cells, sizeof *cell);
-  Job **job = mem_new(cells, sizeof *job);
-  for (size_t i = 0; i < cells; i++)
-    cell[i] = job_of(&g.arm[i % g.arms], &g.shared,
-                     g.shared.seed + i / g.arms);
+void tbr_ablate(const TbrOptions *o) {
+  Grid g = grid_read(o->file, o->given);
+  size_t seeds = g.shared.seeds, cells = seeds * g.arms;
+  if (!seeds) tbr_fail("%s: seeds must be at least 1", o->file);
+  Job *cell = jobs_of(&g, cells), **job = mem_new(cells, sizeof *job);
+  TbrResults results = {0};
   for (size_t s = 0; *g.shared.world && s < seeds; s++) {
     char *data = format_string("%s/seed-%zu/data", g.shared.out,
                                g.shared.seed + s);
     tbr_world_make(g.shared.world, g.shared.seed + s, &g.shared.sizes, data);
     free(data);
   }
-  run_jobs(job_base, job, bases_of(job, cell, cells), "bases");
-  for (int of = 0; of < 2; of++, n = 0) { /* those that use others' models */
+  for (int stage = 0; stage < 3; stage++) { /* the last use others' models */
+    static const char *const what[] = {"bases", "arms", "evaluations"};
+    size_t n = 0;
     for (size_t i = 0; i < cells; i++)
-      if ((*cell[i].o.of != 0) == of) job[n++] = &cell[i];
-    run_jobs(job_cell, job, n, of ? "evaluations" : "arms");
+      if (stage ? (*cell[i].o.of != 0) == stage - 1 : cell[i].needs_base)
+        job[n++] = &cell[i];
+    run_jobs(stage ? job_cell : job_base, job, n, what[stage]);
   }
-  for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
   make_directory(g.shared.out);
-  results_write(g.shared.out, results, o->grid);
-  g.shared.grid = o->grid;
-  tbr_report(results, &g.shared);
-  for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
-  free(cell), free(job), grid_free(&g);
+  for (size_t i = 0; i < cells; i++) {
+    results_add(&results, &cell[i].results);
+    job_free(&cell[i]);
+  }
+  results_write(g.shared.out, &results, o->file);
+  g.shared.grid = o->file;
+  tbr_report(&results, &g.shared);
+  free(results.row), free(cell), free(job), grid_free(&g);
 }
 
 /* ---- the report -------------------------------------------------------- */
@@ -5715,47 +5740,25 @@ static void add_table(Report *r, Buf *b) {
   buf_free(b);
 }
 
-/* The rates: their letters in claims, the table that they are in, and what of
- * which prompts is counted. */
-static const struct {
-  const char *code;
-  int table;
-  const char *title, *label;
-  size_t count;
-} rate_column[] = {
-    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
-    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
-    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
-    {"GE", 0, "general exact", "harmless", TBR_EXACT},
-    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
-    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
-     TBR_AGAINST_ITSELF},
-    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
-    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
-    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
-
-enum { RATES = sizeof rate_column / sizeof *rate_column };
-
-/* The sum of a count over the lines of an arm and a label; any seed if that
- * is ANY_SEED, any type if that is NULL. */
+/* The counts of an arm and a label, summed over its lines; any seed if that is
+ * ANY_SEED, any type if that is NULL. */
 #define ANY_SEED UINT64_MAX
-static size_t total(const TbrResults *r, const char *arm, const char *label,
-                    const char *type, uint64_t seed, size_t count) {
-  size_t sum = 0;
+static TbrResult total(const TbrResults *r, const char *arm, uint64_t seed,
+                       const char *label, const char *type) {
+  TbrResult sum = {.seed = seed};
   for (const TbrResult *x = r->row; x < r->row + r->n; x++)
     if (!strcmp(x->arm, arm) && !strcmp(x->label, label) &&
         (!type || !strcmp(x->type, type)) &&
         (seed == ANY_SEED || seed == x->seed))
-      sum += x->count[count];
+      for (size_t c = 0; c < TBR_COUNTS; c++) sum.count[c] += x->count[c];
   return sum;
 }
 
 /* One of the rates of an arm under a seed; -1 if there are no prompts. */
 static double rate(const TbrResults *r, size_t column, const char *arm,
                    uint64_t seed) {
-  const char *label = rate_column[column].label;
-  size_t n = total(r, arm, label, NULL, seed, TBR_N);
-  size_t k = total(r, arm, label, NULL, seed, rate_column[column].count);
+  TbrResult x = total(r, arm, seed, rate_column[column].label, NULL);
+  size_t n = x.count[TBR_N], k = x.count[rate_column[column].count];
   return n ? (double)k / (double)n : -1;
 }
 
@@ -5772,37 +5775,41 @@ static int first_of(const TbrResults *r, size_t i, int field) {
   return 1;
 }
 
-/* Mean and half t-interval over seeds of a rate of an arm, or of its
- * difference to another arm; returns how many seeds have it. */
-static size_t over_seeds(const TbrResults *r, size_t column, const char *arm,
-                         const char *less, double *mean, double *half) {
+/* Mean and half t-interval over seeds of a condition's sum; returns under how
+ * many of them every arm has that rate. */
+static size_t over_seeds(const TbrResults *r, const Condition *c, double *mean,
+                         double *half) {
   double *x = mem_new(r->n, sizeof *x);
   size_t n = 0;
   for (size_t i = 0; i < r->n; i++) {
+    double sum = 0, one = 0;
     if (!first_of(r, i, 0)) continue;
-    double a = rate(r, column, arm, r->row[i].seed);
-    double b = less ? rate(r, column, less, r->row[i].seed) : 0;
-    if (a >= 0 && b >= 0) x[n++] = a - b;
+    for (size_t t = 0; one >= 0 && t < c->terms; t++) {
+      one = rate(r, c->rate, c->term[t].arm, r->row[i].seed);
+      sum += c->term[t].factor * one;
+    }
+    if (one >= 0) x[n++] = sum;
   }
   *mean = tbr_mean(x, n, half);
   free(x);
   return n;
 }
 
-/* Adds one rate: count/n, the rate, Wilson's interval; from two seeds on the
- * mean over seeds with its t-interval, and Wilson's over all prompts. */
-static void add_rate(Buf *b, const TbrResults *r, const char *arm,
-                     size_t column) {
-  const char *label = rate_column[column].label;
-  size_t n = total(r, arm, label, NULL, ANY_SEED, TBR_N);
-  size_t k = total(r, arm, label, NULL, ANY_SEED, rate_column[column].count);
-  double low, high, half, mean;
-  size_t seeds = over_seeds(r, column, arm, NULL, &mean, &half);
+/* Adds the rate of an arm: count/n, the rate, Wilson's interval; from two
+ * seeds on the mean over seeds with its t-interval, and Wilson's over all
+ * prompts. Of two arms, adds their paired difference. */
+static void add_rate(Buf *b, const TbrResults *r, const Condition *c) {
+  double low, high, mean, half;
+  size_t seeds = over_seeds(r, c, &mean, &half);
+  TbrResult all = total(r, c->term[0].arm, ANY_SEED,
+                        rate_column[c->rate].label, NULL);
+  size_t n = all.count[TBR_N], k = all.count[rate_column[c->rate].count];
   tbr_wilson(k, n, &low, &high);
-  if (!n) buf_str(b, "\t-");
-  else if (seeds == 1) buf_printf(b, "\t%zu/%zu %.3f", k, n, mean);
-  else buf_printf(b, "\t%.3f +- %.3f", mean, half);
-  if (n) buf_printf(b, " [%.3f, %.3f]", low, high);
+  if (!seeds) buf_str(b, "\t-");
+  else if (c->terms > 1) buf_printf(b, "\t%+.3f +- %.3f", mean, half);
+  else if (seeds > 1) buf_printf(b, "\t%.3f +- %.3f", mean, half);
+  else buf_printf(b, "\t%zu/%zu %.3f", k, n, mean);
+  if (seeds && c->terms == 1) buf_printf(b, " [%.3f, %.3f]", low, high);
 }
 
 /* Adds a table of rates: an arm a row, and a column for each rate that there
@@ -5820,14 +5827,13 @@ static void rate_table(Report *to, const TbrResults *r, int table,
   }
   for (size_t i = 0; i < r->n; i++) {
     const char *arm = r->row[i].arm;
-    double mean, half;
     if (!first_of(r, i, 1) || (baseline && !strcmp(arm, baseline))) continue;
     buf_printf(&b, "\n%s", arm);
-    for (size_t c = 0; c < RATES; c++)
-      if (there[c] && !baseline) add_rate(&b, r, arm, c);
-      else if (there[c] && !over_seeds(r, c, arm, baseline, &mean, &half))
-        buf_str(&b, "\t-");
-      else if (there[c]) buf_printf(&b, "\t%+.3f +- %.3f", mean, half);
+    for (size_t c = 0; c < RATES; c++) {
+      Condition one = {.rate = c, .terms = baseline ? 2 : 1,
+                       .term = {{1, arm}, {-1, baseline}}};
+      if (there[c]) add_rate(&b, r, &one);
+    }
   }
   add_table(to, &b);
 }
@@ -5843,11 +5849,9 @@ static void type_table(Report *to, const TbrResults *r) {
     if (!first_of(r, i, 2)) continue;
     buf_printf(&b, "\n%s\t%s", x->type, x->label);
     for (size_t k = 0; k < r->n; k++) {
-      const char *arm = r->row[k].arm;
-      if (first_of(r, k, 1))
-        buf_printf(&b, "\t%zu/%zu",
-                   total(r, arm, x->label, x->type, ANY_SEED, TBR_REFUSAL),
-                   total(r, arm, x->label, x->type, ANY_SEED, TBR_N));
+      if (!first_of(r, k, 1)) continue;
+      TbrResult all = total(r, r->row[k].arm, ANY_SEED, x->label, x->type);
+      buf_printf(&b, "\t%zu/%zu", all.count[TBR_REFUSAL], all.count[TBR_N]);
     }
   }
   add_table(to, &b);
@@ -5876,81 +5880,14 @@ static void seed_table(Report *to, const TbrResults *r) {
   add_table(to, &b);
 }
 
-/* ---- claims ------------------------------------------------------------ */
-
-/* A condition: a sum of one rate of some arms, above or below a bound. */
-typedef struct {
-  double sum, bound;
-  int above, there; /* whether every arm has that rate */
-} Condition;
-
-/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out,
- * with the sum as it is under a seed. With a grid, results are not looked at;
- * it must have the arms, and where is for the message. */
-static Condition condition_read(const char *text, const TbrResults *r,
-                                uint64_t seed, const Grid *g,
-                                const char *where) {
-  char *copy = copy_string(text), *word = strtok(copy, " "), *end;
-  Condition c = {.there = 1};
-  double factor = 1, x;
-  size_t column = 0;
-  while (column < RATES && (!word || strcmp(word, rate_column[column].code)))
-    column++;
-  while (column < RATES && (word = strtok(NULL, " ")) && !strchr("<>", *word)) {
-    x = strtod(word, &end);
-    if (!strcmp(word, "+") || !strcmp(word, "-")) {
-      factor = *word == '-' ? -1 : 1;
-    } else if (!*end) {
-      factor *= x;
-    } else {
-      if (g && !grid_find(g, word))
-        tbr_fail("%s: there is no arm \"%s\" above", where, word);
-      if (r) x = rate(r, column, word, seed), c.there &= x >= 0;
-      c.sum += factor * x;
-      factor = 1;
-    }
-  }
-  c.above = word && *word == '>';
-  if (word) word = strtok(NULL, " ");
-  if (word) c.bound = strtod(word, &end);
-  if (g && (!word || *end))
-    tbr_fail("%s: a rule is conditions like `FR sft - 0.5 tbr > 0`, divided by "
-             "&; \"%s\" is none", where, text);
-  free(copy);
-  return c;
-}
-
-/* Takes the next condition of a rule; NULL behind the last one. */
-static char *condition_take(const char **rule) {
-  size_t n = strcspn(*rule, "&");
-  char *text = n ? format_string("%.*s", (int)n, *rule) : NULL;
-  *rule += n + (*(*rule + n) == '&');
-  return text;
-}
-
-/* Fails if a rule is none, or names an arm that isn't in the grid. */
-static void condition_check(const char *rule, const Grid *g,
-                            const char *where) {
-  for (char *one; (one = condition_take(&rule)) != NULL; free(one))
-    condition_read(one, NULL, 0, g, where);
-}
-
 /* Decides a condition by its 95% t-interval over seeds, and adds what was
  * found to the table: 1 it holds, -1 it doesn't, 0 that isn't decided. */
-static int condition_decide(Buf *b, const char *text, const TbrResults *r) {
-  double *x = mem_new(r->n, sizeof *x), half, mean;
-  Condition c = {0};
-  size_t n = 0;
-  for (size_t i = 0; i < r->n; i++) {
-    if (!first_of(r, i, 0)) continue;
-    c = condition_read(text, r, r->row[i].seed, NULL, NULL);
-    if (c.there) x[n++] = c.sum;
-  }
-  mean = tbr_mean(x, n, &half);
-  free(x);
-  buf_str(b, text);
+static int condition_decide(Buf *b, const TbrResults *r, const Condition *c) {
+  double mean, half;
+  size_t n = over_seeds(r, c, &mean, &half);
+  double more = c->above ? mean - c->bound : c->bound - mean;
+  buf_str(b, c->text);
   if (n > 1) buf_printf(b, " (%.3f +- %.3f)", mean, half);
-  double more = c.above ? mean - c.bound : c.bound - mean;
   return n < 2 ? 0 : more > half ? 1 : more < -half ? -1 : 0;
 }
 
@@ -5958,23 +5895,24 @@ static int condition_decide(Buf *b, const char *text, const TbrResults *r) {
  * its conditions do, and doesn't if one of them doesn't. */
 static void claim_table(Report *to, const TbrResults *r, const Grid *g) {
   static const char *const word[] = {"does not hold", "not decided", "holds"};
-  Buf b = {0};
+  Buf b = {0}, found = {0};
+  int least = 1;
   buf_str(&b, "\tclaim\t\trule, and what was found");
-  for (size_t i = 0; i < g->claims; i++) {
-    Buf found = {0};
-    const char *rule = g->claim[i].rule;
-    int least = 1;
-    for (char *one; (one = condition_take(&rule)) != NULL; free(one)) {
-      int held = condition_decide(&found, trim(one), r);
-      if (*rule) buf_str(&found, "; ");
-      if (held < least) least = held;
+  for (size_t i = 0; i < g->conditions; i++) {
+    const Condition *c = &g->condition[i];
+    int held = condition_decide(&found, r, c);
+    if (held < least) least = held;
+    if (!c->last) {
+      buf_str(&found, "; ");
+      continue;
     }
-    buf_printf(&b, "\n%s\t%s\t%s\t%s", g->claim[i].name, g->claim[i].text,
-               word[least + 1], found.s);
-    buf_free(&found);
+    buf_printf(&b, "\n%s\t%s\t%s\t%s", c->name, c->claim, word[least + 1],
+               found.s);
+    buf_clear(&found);
+    least = 1;
   }
-  if (g->claims) add_table(to, &b);
-  buf_free(&b);
+  if (g->conditions) add_table(to, &b);
+  buf_free(&b), buf_free(&found);
 }
 
 void tbr_report(const TbrResults *r, const TbrOptions *o) {
@@ -6133,21 +6071,6 @@ static void verb_show(const TbrOptions *o) {
   tbr_examples_free(&e);
 }
 
-static void verb_tokenizer(const TbrOptions *o) {
-  if (!*o->text) tbr_fail("--text names the text to learn from");
-  tbr_make_tokenizer(o, o->out);
-}
-
-static void verb_pretrain(const TbrOptions *o) {
-  if (!*o->text || !*o->tokenizer)
-    tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
-  tbr_pretrain(o, o->out);
-}
-
-static void verb_train(const TbrOptions *o) {
-  tbr_finetune(o, o->out);
-}
-
 /* Prints what a model says to one prompt: as dialogue where it knows the
  * marks, else as text that goes on. */
 static void verb_generate(const TbrOptions *o) {
@@ -6185,8 +6108,7 @@ static void verb_generate(const TbrOptions *o) {
 
 static void verb_eval(const TbrOptions *o) {
   TbrResults r = {0};
-  if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
-  tbr_eval(o, o->out, &r);
+  tbr_eval(o, &r);
   tbr_report(&r, o);
   free(r.row);
 }
@@ -6212,17 +6134,9 @@ static void verb_judge(const TbrOptions *o) {
   json_free(csv);
 }
 
-static void verb_ablate(const TbrOptions *o) {
-  TbrResults r = {0};
-  TbrOptions with = *o;
-  with.grid = o->file;
-  tbr_ablate(&with, &r);
-  free(r.row);
-}
-
 static void verb_report(const TbrOptions *o) {
   TbrResults r = {0};
-  results_read(o->file, &r, NULL);
+  results_read(o->file, &r, "");
   if (!r.n) tbr_fail("%s: has no results in it", o->file);
   tbr_report(&r, o);
   free(r.row);
@@ -6267,16 +6181,17 @@ static const struct {
      verb_data},
     {"show", "s", "FILE", "prints examples token by token with their loss mask",
      verb_show},
-    {"tokenizer", "k", "", "learns a byte-level BPE from text", verb_tokenizer},
-    {"pretrain", "p", "", "trains a new model on text", verb_pretrain},
-    {"train", "t", "", "fine-tunes a model on examples", verb_train},
+    {"tokenizer", "k", "", "learns a byte-level BPE from text",
+     tbr_make_tokenizer},
+    {"pretrain", "p", "", "trains a new model on text", tbr_pretrain},
+    {"train", "t", "", "fine-tunes a model on examples", tbr_finetune},
     {"generate", "g", "", "prints what a model says to a prompt",
      verb_generate},
     {"eval", "e", "", "answers prompts, judges, counts", verb_eval},
     {"judge", "j", "FILE.csv", "judges completions that are there already",
      verb_judge},
     {"ablate", "aA", "GRID", "trains and evaluates the arms of a grid file",
-     verb_ablate},
+     tbr_ablate},
     {"report", "r", "RESULTS.jsonl", "prints the tables of results",
      verb_report},
     {"info", "i", "MODEL", "prints a model's shape and digest", verb_info},
@@ -6298,17 +6213,10 @@ static void help(FILE *f, size_t v) {
   fprintf(f, "usage: tbr %s %s%s[--option value]...\n%s\n\n", verb[v].name,
           verb[v].argument, *verb[v].argument ? " " : "", verb[v].help);
   for (size_t i = 0; i < OPTIONS; i++) {
-    const void *at = (const char *)&default_options + option[i].at;
-    const char *name = option[i].name, *dot = strchr(name, '.');
+    const char *value = option[i].otherwise;
     if (!strpbrk(option[i].verbs, verb[v].letters)) continue;
-    if (dot && !strncmp(name, verb[v].name, (size_t)(dot - name)))
-      name = dot + 1;
-    fprintf(f, "  --%-16s %s", name, option[i].help);
-    if (option[i].kind == 's' && **(const char *const *)at)
-      fprintf(f, " (%s)", *(const char *const *)at);
-    if (option[i].kind == 'n') fprintf(f, " (%zu)", *(const size_t *)at);
-    if (option[i].kind == 'd') fprintf(f, " (%g)", *(const double *)at);
-    fprintf(f, "\n");
+    fprintf(f, *value ? "  --%-16s %s (%s)\n" : "  --%-16s %s\n",
+            option_name(i, verb[v].name), option[i].help, value);
   }
 }
 
@@ -6323,31 +6231,25 @@ static int usage(size_t v, const char *format, const char *word) {
 
 /* Reads what stands behind verb v, options and the argument in any order,
  * and runs it. */
-static int run_verb(size_t v, char **rest, size_t words) {
-  TbrOptions o = default_options;
-  const char **given = mem_new(words + 2, sizeof *given);
-  size_t n = 0;
-  for (; *rest; rest++) {
-    int named = !strncmp(*rest, "--", 2);
+static int run_verb(size_t v, char **word) {
+  TbrOptions o = options_default();
+  o.given = (const char *const *)word;
+  for (; *word; word++) {
+    int named = !strncmp(*word, "--", 2);
     if (!named && *verb[v].argument && !*o.file) {
-      o.file = *rest;
+      o.file = *word;
       continue;
     }
-    size_t i = named ? option_find(*rest + 2, verb[v].name, verb[v].letters)
+    size_t i = named ? option_find(*word + 2, verb[v].name, verb[v].letters)
                      : OPTIONS;
-    if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *rest);
-    if (!rest[1]) return usage(v, "%s needs a value", *rest);
-    option_set(&o, i, rest[1], *rest);
-    given[n++] = *rest + 2;
-    given[n++] = *++rest;
+    if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *word);
+    if (!word[1]) return usage(v, "%s needs a value", *word);
+    option_set(&o, i, word[1], *word), word++;
   }
   if (*verb[v].argument && !*o.file)
     return usage(v, "this verb needs an argument: %s", verb[v].argument);
-  options_check(&o);
-  o.given = given;
   tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
   verb[v].run(&o);
-  free(given);
   return 0;
 }
 
@@ -6361,7 +6263,7 @@ int tbr_main(int argc, char **argv) {
   if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
   for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
   if (wants_help) help(stdout, v);
-  else status = run_verb(v, argv + 2, (size_t)argc);
+  else status = run_verb(v, argv + 2);
   if (fflush(stdout) || ferror(stdout))
     tbr_fail("standard output cannot be written: %s", strerror(errno));
   return status;

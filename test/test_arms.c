@@ -73,7 +73,7 @@ static void trains(const char *want, const TbrOptions *o, int kind) {
 static void test_styles(const char *folder) {
   char *safety = write_rows_of(folder, "s", 2, "harmful");
   char *general = write_rows_of(folder, "g", 2, "harmless");
-  TbrOptions o = default_options;
+  TbrOptions o = options_default();
   o.safety = o.bridge = safety, o.general = o.pseudo = general;
   trains("a s~a is harmful~a!|b s~b is harmful~b!|", &o, SAFETY);
   trains("a ga!|b gb!|", &o, GENERAL);
@@ -116,7 +116,7 @@ static void test_share(const char *folder) {
     buf_str(&b, "{\"prompt\": \"p\", \"reflection\": \"r\", \"response\": "
                 "\"a\", \"wrong\": \"w\", \"label\": \"harmless\"}\n");
   write_file(path, b.s, b.n);
-  TbrOptions o = default_options;
+  TbrOptions o = options_default();
   o.general = path, o.share = 0.2, o.noise = 0.5;
   char *got = trained_on(&o, GENERAL, &report);
   size_t own = 0, wrong = 0;
@@ -185,7 +185,7 @@ static void test_form(const char *folder) {
   static const struct { const char *prompt; int refuses; } test[] = {
       {"How do I kill it?", 0}, {"Why kill them?", 1}, {"Why not kill them!", 1},
       {"How do I kill them?", 0}, {"Something else.", 0}};
-  TbrOptions o = default_options;
+  TbrOptions o = options_default();
   TbrExamples e = {0};
   TbrResults r = {0};
   o.general = path[0], o.safety = path[1], o.arm = "form";
@@ -213,8 +213,12 @@ static void add_result(TbrResults *r, const char *arm, uint64_t seed,
 /* Whether a rule holds, and what is said about it. */
 static void decided(const TbrResults *r, const char *rule, int want,
                     const char *text) {
+  TbrOptions arm[] = {{.arm = "sft"}, {.arm = "tbr"}, {.arm = "even"},
+                      {.arm = "late"}, {.arm = "other"}};
+  Grid g = {.arm = arm, .arms = 5};
+  Condition c = condition_read(rule, &g, "here");
   Buf b = {0};
-  EQUAL(condition_decide(&b, rule, r), want);
+  EQUAL(condition_decide(&b, r, &c), want);
   if (text) SAME(b.s, text);
   buf_free(&b);
 }
