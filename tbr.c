@@ -4822,14 +4822,12 @@ static const struct {
   const char *otherwise, *verbs, *help;
 } option[] = {
   {"world", 's', AT(world), "data", "dA", "directory of the world's files"},
-  {"documents", 'n', AT(sizes.documents), "66000",
-   "dA", "to make for pretraining"},
+  {"documents", 'n', AT(sizes.documents), "66000", "dA", "for pretraining"},
   {"make.general", 'n', AT(sizes.general), "600", "dA", "general rows to make"},
   {"make.safety", 'n', AT(sizes.safety), "1000", "dA", "safety rows to make"},
   {"make.pseudo", 'n', AT(sizes.pseudo), "100", "dA", "pseudo-harmful rows"},
   {"make.bridge", 'n', AT(sizes.bridge), "20", "dA", "bridging rows to make"},
-  {"test.pseudo", 'n', AT(sizes.eval_pseudo), "400",
-   "dA", "tests of each kind:"},
+  {"test.pseudo", 'n', AT(sizes.eval_pseudo), "400", "dA", "tests of each:"},
   {"test.harmful", 'n', AT(sizes.eval_harmful), "180", "dA", "harmful ones"},
   {"test.general", 'n', AT(sizes.eval_general), "150", "dA", "ordinary ones"},
   {"in", 's', AT(in), "", "d", "examples to convert; none: make the world's"},
@@ -4872,8 +4870,7 @@ static const struct {
   {"train.warmup", 'n', AT(train.warmup), "10", "ta", "warm-up steps"},
   {"train.lr", 'd', AT(train.lr), "0.0005", "ta", "peak learning rate"},
   {"train.decay", 'd', AT(train.decay), "0", "ta", "weight decay"},
-  {"reflection", 'w', AT(reflection), "safety",
-   "sta", "which rows reflect: none safety all"},
+  {"reflection", 'w', AT(reflection), "safety", "sta", "on: none safety all"},
   {"share", 'p', AT(share), "0", "ta", "and on this share of general ones"},
   {"style", 'w', AT(style), "own",
    "ta", "of reflections: own reworded internal filler shuffled label"},
@@ -4884,11 +4881,9 @@ static const struct {
   {"safety-rows", 'n', AT(safety_rows), "0", "ta", "the first N; 0: all"},
   {"bridge-rows", 'n', AT(bridge_rows), "0", "ta", "the first N; 0: none"},
   {"pseudo-rows", 'n', AT(pseudo_rows), "0", "ta", "the first N; 0: none"},
-  {"too-long", 'w', AT(too_long), "drop",
-   "ta", "rows that are too long: drop cut"},
+  {"too-long", 'w', AT(too_long), "drop", "ta", "rows too long: drop cut"},
   {"rows", 'n', AT(rows), "4096", "ptab", "tokens at a time"},
-  {"save-every", 'n', AT(save_every), "500",
-   "ptA", "steps between checkpoints"},
+  {"save-every", 'n', AT(save_every), "500", "ptA", "steps a checkpoint"},
   {"limit", 'n', AT(limit), "0", "ea", "only N prompts, evenly spaced; 0: all"},
   {"think", 'n', AT(think), "0", "ea", "1: prompts ask to think first"},
   {"tokens", 'n', AT(tokens), "160", "gea", "new tokens at most"},
@@ -5379,17 +5374,9 @@ static void results_write(const char *directory, const TbrResults *r,
   buf_free(&b);
 }
 
-/* Adds the lines of one list of results to another. */
-static void results_add(TbrResults *to, const TbrResults *from) {
-  for (const TbrResult *x = from->row; x < from->row + from->n; x++)
-    *result_line(to, x->arm, x->seed, x->label, x->type) = *x;
-}
-
-/* Adds the results in a file. Returns whether there are any and all carry the
- * mark `cell`. */
-static int results_read(const char *path, TbrResults *r, const char *cell) {
+/* Adds the results in a file. */
+static void results_read(const char *path, TbrResults *r) {
   size_t number = 0;
-  int same = 1;
   char *text = read_file(path, NULL);
   for (char *line = text; *line;) {
     size_t len = strcspn(line, "\n");
@@ -5397,7 +5384,6 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
     const char *arm = json_string(j, "arm", NULL);
     if (!arm)
       tbr_fail("%s:%zu: is no line of results: it names no arm", path, number);
-    same = same && !strcmp(json_string(j, "cell", ""), cell);
     TbrResult *to = result_line(r, arm, (uint64_t)json_number(j, "seed", 0),
                                 json_string(j, "label", "unknown"),
                                 json_string(j, "type", "unknown"));
@@ -5411,7 +5397,6 @@ static int results_read(const char *path, TbrResults *r, const char *cell) {
     line += len + (line[len] == '\n');
   }
   free(text);
-  return same && number;
 }
 
 /* ---- the rule that sees only a prompt's form --------------------------- */
@@ -5517,76 +5502,61 @@ static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
   free(text);
 }
 
-void tbr_eval(const TbrOptions *o, TbrResults *results) {
+void tbr_eval(const TbrOptions *o) {
   if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
   Pair p = pair_load(o->model, o->tokenizer);
   TbrExamples e = tests_read(o);
-  TbrResults mine = {0};
+  TbrResults r = {0};
   TbrSampling s = {o->temperature, o->top_p, o->tokens, {-1, -1}, o->seed};
   char mark[17], *path = path_in(o->out, "results.jsonl");
+  char *before = file_exists(path) ? read_file(path, NULL) : copy_string("");
   eval_mark(mark, o, &p, &e);
-  if (!file_exists(path) || !results_read(path, &mine, mark)) {
+  if (!strstr(before, mark)) {
     const char *arm = *o->arm ? o->arm : o->model;
-    mine.n = 0;
     size_t cut = tbr_evaluate(p.model, p.tok, &e, &s, o->rule, arm, o->seed,
-                              o->out, &mine);
+                              o->out, &r);
     if (cut)
       fprintf(stderr, "tbr: %s: %zu of %zu prompts are longer than the context "
               "and were cut\n", o->prompts, cut, e.n);
-    results_write(o->out, &mine, mark);
+    results_write(o->out, &r, mark);
   }
-  results_add(results, &mine);
-  free(mine.row), free(path);
+  free(r.row), free(path), free(before);
   tbr_examples_free(&e);
   pair_free(&p);
 }
 
-/* One cell of a grid: the options of an arm under a seed, which own their
- * paths; whether its base is to be pretrained; and what came out. */
-typedef struct {
-  TbrOptions o;
-  int needs_base;
-  TbrResults results;
-} Job;
-
 /* Tokenizer and base model of a cell. */
-static void job_base(Job *j) {
-  TbrOptions o = j->o;
+static void cell_base(const TbrOptions *cell) {
+  TbrOptions o = *cell;
   o.out = o.tokenizer = o.base;
   tbr_make_tokenizer(&o);
   tbr_pretrain(&o);
 }
 
 /* Trains and evaluates one cell. */
-static void job_cell(Job *j) {
-  TbrOptions o = j->o;
+static void cell_run(const TbrOptions *cell) {
+  TbrOptions o = *cell;
   if (!strcmp(o.by, "form")) {
     TbrExamples e = tests_read(&o);
-    form_evaluate(&o, &e, &j->results);
-    tbr_examples_free(&e);
+    TbrResults r = {0};
+    form_evaluate(&o, &e, &r);
+    make_directory(o.out);
+    results_write(o.out, &r, "form");
+    tbr_examples_free(&e), free(r.row);
     return;
   }
   if (!*o.of) tbr_finetune(&o);
   o.tokenizer = "";
-  tbr_eval(&o, &j->results);
+  tbr_eval(&o);
 }
 
-/* For qsort: larger models first, then the order of the grid. */
-static int job_order(const void *a, const void *b) {
-  const Job *x = *(Job *const *)a, *y = *(Job *const *)b;
-  size_t p = x->o.dim * x->o.dim * x->o.layers;
-  size_t q = y->o.dim * y->o.dim * y->o.layers;
-  return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
-}
-
-/* Runs n jobs, the longest first: side by side, one thread each, as long as
- * all threads have one; what is left over one by one, with all threads inside.
- * Says on a terminal how many are done, and when the rest may be. */
-static void run_jobs(void (*work)(Job *), Job **job, size_t n,
-                     const char *what) {
+/* Runs n jobs: side by side, one thread each, as long as all threads have one;
+ * what is left over one by one, with all threads inside. Says on a terminal
+ * how many are done, and when the rest may be. */
+static void run_jobs(void (*work)(const TbrOptions *), TbrOptions **job,
+                     size_t n, const char *what) {
   size_t team = (size_t)threads(), done = 0, end = 0;
   double began = now();
-  if (n) qsort(job, n, sizeof *job, job_order);
   for (int alone = team == 1; alone < 2; alone++) {
     size_t from = end;
     end = alone ? n : n / team * team;
@@ -5619,16 +5589,16 @@ static uint64_t base_hash(const TbrOptions *o) {
   return h;
 }
 
-/* The job of an arm under a seed. What the grid doesn't name comes from the
- * built-in world and the base that was pretrained on it. */
-static Job job_of(const TbrOptions *arm, const TbrOptions *shared,
-                  size_t seed) {
+/* The cell of an arm under a seed: the arm's options, with all paths, which it
+ * owns. What the grid doesn't name comes from the built-in world and the base
+ * that was pretrained on it. */
+static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
+                          size_t seed) {
   static const char *const name[] = {"general", "safety", "bridge", "pseudo",
                                      "eval"};
-  Job j = {.o = *arm};
-  TbrOptions *o = &j.o;
-  const char **file[] = {&o->general, &o->safety, &o->bridge, &o->pseudo,
-                         &o->prompts};
+  TbrOptions o = *arm;
+  const char **file[] = {&o.general, &o.safety, &o.bridge, &o.pseudo,
+                         &o.prompts};
   char *home = format_string("%s/seed-%zu", shared->out, seed);
   for (size_t i = 0; i < KINDS + 1; i++) {
     const char *path = *file[i];
@@ -5640,68 +5610,67 @@ static Job job_of(const TbrOptions *arm, const TbrOptions *shared,
                      : format_string("%s/data/%s.jsonl", home, name[i]);
   }
   unsigned long long hash = base_hash(arm);
-  j.needs_base = !*o->base;
-  o->base = *o->base ? copy_string(o->base)
-          : hash == base_hash(shared) ? path_in(home, "base")
-          : format_string("%s/base-%08llx", home, hash & 0xffffffff);
-  o->text = format_string("%s/data/%s.txt", home, o->mix);
-  o->out = path_in(home, o->arm);
-  o->model = path_in(home, *o->of ? o->of : o->arm);
-  o->seed = seed;
+  o.base = *o.base ? copy_string(o.base)
+         : hash == base_hash(shared) ? path_in(home, "base")
+         : format_string("%s/base-%08llx", home, hash & 0xffffffff);
+  o.text = format_string("%s/data/%s.txt", home, o.mix);
+  o.out = path_in(home, o.arm);
+  o.model = path_in(home, *o.of ? o.of : o.arm);
+  o.seed = seed;
   free(home);
-  return j;
+  return o;
 }
 
-static void job_free(Job *j) {
-  const TbrOptions *o = &j->o;
+static void cell_free(const TbrOptions *o) {
   const char *const own[] = {o->general, o->safety, o->bridge, o->pseudo,
                              o->prompts, o->base, o->text, o->out, o->model};
   for (size_t i = 0; i < sizeof own / sizeof *own; i++) free((char *)own[i]);
-  free(j->results.row);
 }
 
-/* The cells of a grid, to be freed one by one; each base is made by the first
- * that needs it. */
-static Job *jobs_of(const Grid *g, size_t cells) {
-  Job *cell = mem_new(cells, sizeof *cell);
-  for (size_t i = 0; i < cells; i++) {
-    cell[i] = job_of(&g->arm[i % g->arms], &g->shared,
-                     g->shared.seed + i / g->arms);
-    for (size_t k = 0; k < i; k++)
-      if (!strcmp(cell[k].o.base, cell[i].o.base)) cell[i].needs_base = 0;
-  }
-  return cell;
+/* Whether cell i belongs to a stage: 0, it is the first with a base that the
+ * grid doesn't name; 1, it is trained; 2, it uses another's model. */
+static int in_stage(int stage, const Grid *g, const TbrOptions *cell,
+                    size_t i) {
+  if (stage) return (*cell[i].of != 0) == stage - 1;
+  for (size_t k = 0; k < i; k++)
+    if (!strcmp(cell[k].base, cell[i].base)) return 0;
+  return !*g->arm[i % g->arms].base;
 }
 
-void tbr_ablate(const TbrOptions *o) {
-  Grid g = grid_read(o->file, o->given);
-  size_t seeds = g.shared.seeds, cells = seeds * g.arms;
-  if (!seeds) tbr_fail("%s: seeds must be at least 1", o->file);
-  Job *cell = jobs_of(&g, cells), **job = mem_new(cells, sizeof *job);
-  TbrResults results = {0};
-  for (size_t s = 0; *g.shared.world && s < seeds; s++) {
-    char *data = format_string("%s/seed-%zu/data", g.shared.out,
-                               g.shared.seed + s);
-    tbr_world_make(g.shared.world, g.shared.seed + s, &g.shared.sizes, data);
+void tbr_ablate(const TbrOptions *options) {
+  static const char *const stage[] = {"bases", "arms", "evaluations"};
+  Grid g = grid_read(options->file, options->given);
+  TbrOptions *o = &g.shared;
+  size_t cells = o->seeds * g.arms;
+  if (!cells) tbr_fail("%s: seeds must be at least 1", options->file);
+  TbrOptions *cell = mem_new(cells, sizeof *cell);
+  TbrOptions **job = mem_new(cells, sizeof *job);
+  Buf results = {0};
+  for (size_t i = 0; i < cells; i++)
+    cell[i] = cell_of(&g.arm[i % g.arms], o, o->seed + i / g.arms);
+  for (size_t s = o->seed; *o->world && s < o->seed + o->seeds; s++) {
+    char *data = format_string("%s/seed-%zu/data", o->out, s);
+    tbr_world_make(o->world, s, &o->sizes, data);
     free(data);
   }
-  for (int stage = 0; stage < 3; stage++) { /* the last use others' models */
-    static const char *const what[] = {"bases", "arms", "evaluations"};
+  for (int k = 0; k < 3; k++) {
     size_t n = 0;
     for (size_t i = 0; i < cells; i++)
-      if (stage ? (*cell[i].o.of != 0) == stage - 1 : cell[i].needs_base)
-        job[n++] = &cell[i];
-    run_jobs(stage ? job_cell : job_base, job, n, what[stage]);
+      if (in_stage(k, &g, cell, i)) job[n++] = &cell[i];
+    run_jobs(k ? cell_run : cell_base, job, n, stage[k]);
   }
-  make_directory(g.shared.out);
-  for (size_t i = 0; i < cells; i++) {
-    results_add(&results, &cell[i].results);
-    job_free(&cell[i]);
+  char *path = path_in(o->out, "results.jsonl");
+  for (size_t i = 0, n; i < cells; i++) {
+    char *own = path_in(cell[i].out, "results.jsonl");
+    char *text = read_file(own, &n);
+    buf_add(&results, text, n);
+    free(own), free(text);
+    cell_free(&cell[i]);
   }
-  results_write(g.shared.out, &results, o->file);
-  g.shared.grid = o->file;
-  tbr_report(&results, &g.shared);
-  free(results.row), free(cell), free(job), grid_free(&g);
+  write_file(path, results.s, results.n);
+  o->file = path, o->grid = options->file;
+  tbr_report(o);
+  free(path), buf_free(&results), free(cell), free(job), grid_free(&g);
 }
 
 /* ---- the report -------------------------------------------------------- */
@@ -5915,9 +5884,12 @@ static void claim_table(Report *to, const TbrResults *r, const Grid *g) {
   buf_free(&b), buf_free(&found);
 }
 
-void tbr_report(const TbrResults *r, const TbrOptions *o) {
+void tbr_report(const TbrOptions *o) {
   Report to = {0};
+  TbrResults results = {0}, *r = &results;
   int seeds = 0, compared = 0;
+  results_read(o->file, r);
+  if (!r->n) tbr_fail("%s: has no results in it", o->file);
   for (size_t i = 0; i < r->n; i++) {
     seeds += first_of(r, i, 0);
     compared |= !strcmp(r->row[i].arm, o->baseline);
@@ -5938,7 +5910,7 @@ void tbr_report(const TbrResults *r, const TbrOptions *o) {
   make_directory(o->out);
   write_in(o->out, "report.md", to.text.s, to.text.n);
   write_in(o->out, "report.csv", to.csv.s, to.csv.n);
-  buf_free(&to.text), buf_free(&to.csv);
+  buf_free(&to.text), buf_free(&to.csv), free(r->row);
 }
 
 /* ======================================================================
@@ -6107,10 +6079,12 @@ static void verb_generate(const TbrOptions *o) {
 }
 
 static void verb_eval(const TbrOptions *o) {
-  TbrResults r = {0};
-  tbr_eval(o, &r);
-  tbr_report(&r, o);
-  free(r.row);
+  TbrOptions with = *o;
+  char *path = path_in(o->out, "results.jsonl");
+  with.file = path;
+  tbr_eval(o);
+  tbr_report(&with);
+  free(path);
 }
 
 static void verb_judge(const TbrOptions *o) {
@@ -6132,14 +6106,6 @@ static void verb_judge(const TbrOptions *o) {
   fwrite(b.s, 1, b.n, stdout);
   buf_free(&b);
   json_free(csv);
-}
-
-static void verb_report(const TbrOptions *o) {
-  TbrResults r = {0};
-  results_read(o->file, &r, "");
-  if (!r.n) tbr_fail("%s: has no results in it", o->file);
-  tbr_report(&r, o);
-  free(r.row);
 }
 
 static void verb_info(const TbrOptions *o) {
@@ -6193,7 +6159,7 @@ static const struct {
     {"ablate", "aA", "GRID", "trains and evaluates the arms of a grid file",
      tbr_ablate},
     {"report", "r", "RESULTS.jsonl", "prints the tables of results",
-     verb_report},
+     tbr_report},
     {"info", "i", "MODEL", "prints a model's shape and digest", verb_info},
     {"import", "m", "", "writes a model as a Hugging Face directory",
      verb_import}};

@@ -378,15 +378,16 @@ typedef struct {
 void tbr_make_tokenizer(const TbrOptions *options);
 void tbr_pretrain(const TbrOptions *options);
 void tbr_finetune(const TbrOptions *options);
-void tbr_eval(const TbrOptions *options, TbrResults *results);
+void tbr_eval(const TbrOptions *options);
 
 /* Runs every arm of the grid options->file under every seed, and reports; the
  * options given take the place of what the grid says for all. */
 void tbr_ablate(const TbrOptions *options);
 
-/* Prints the tables, with the claims of options->grid decided by their own
- * rules, and writes report.md and report.csv into options->out. */
-void tbr_report(const TbrResults *results, const TbrOptions *options);
+/* Prints the tables of the results in options->file, with the claims of
+ * options->grid decided by their own rules, and writes report.md and
+ * report.csv into options->out. */
+void tbr_report(const TbrOptions *options);
 
 /* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
  * the mean of n numbers with half of its 95% t-interval. */
