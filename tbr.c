@@ -2191,7 +2191,7 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
  * ====================================================================== */
 
 /* Limits that honest worlds are far below. */
-enum { MOST_ROWS = 50000, MOST_NESTED = 64, MOST_EXPANDED = 10000 };
+enum { MOST_ROWS = 50000, MOST_EXPANDED = 2000 };
 
 /* A line of a file and the strings on it, words or cells. An item is one,
  * too: of each field the name and then the value, beginning with its kind. */
@@ -2246,7 +2246,7 @@ typedef struct {
   Rng rng;
   /* The item in hand: its fields, of_item strings, and then the fixes. */
   Row fields;
-  size_t of_item, expanded, nested;
+  size_t of_item, expanded;
 } World;
 
 /* ---- lookup ------------------------------------------------------------ */
@@ -2334,6 +2334,18 @@ static void split(Row *r, char *text, char divider) {
   }
 }
 
+/* Takes the next line from *text, but for empty ones and comments, without
+ * blanks at its ends; NULL if there is none. Counts it in the place. */
+static char *take_line(Row *at, char **text) {
+  for (char *line; (line = *text) != NULL;) {
+    if ((*text = strchr(line, '\n')) != NULL) *(*text)++ = 0;
+    at->line++;
+    line = trim(line);
+    if (*line && *line != '#') return line;
+  }
+  return NULL;
+}
+
 /* Reads a row of the last section; in a table, the first cell with ; in it
  * makes a row for each of its parts, and then the next such cell does. */
 static void read_row(World *w, Row at, const char *text) {
@@ -2388,20 +2400,13 @@ static void read_statement(World *w, Row at, char *text) {
 /* Reads one of the two files. */
 static void read_world_file(World *w, const char *path) {
   size_t n;
-  char *text = read_file(path, &n), *next = text;
+  char *text = read_file(path, &n), *next = text, *line;
   Row at = {.path = path};
   if (strlen(text) != n) tbr_fail("%s: has a zero byte in it", path);
-  while (next) {
-    char *line = next;
-    next = strchr(line, '\n');
-    if (next) *next++ = 0;
-    at.line++;
-    line = trim(line);
-    if (!*line || *line == '#') continue;
+  while ((line = take_line(&at, &next)) != NULL)
     if (*line == '@') read_statement(w, at, line);
     else if (w->n && w->section[w->n - 1].is < ITEM) read_row(w, at, line);
     else fail_at(&at, "a row outside of @table, @say, @mix and @rule");
-  }
   free(text);
 }
 
@@ -2415,9 +2420,10 @@ static size_t weight(const Row *r, const char *s) {
   return strtoul(s, NULL, 10);
 }
 
-/* Lays every row of a kind's tables from number t on over the fields of r
- * that agree with them, and adds what comes out as items. */
-static void join(World *w, const Row *kind, size_t t, Row *r) {
+/* Lays every row of a kind's tables from number t on over the fields in hand
+ * that agree with it, and adds what comes out as items. */
+static void join(World *w, const Row *kind, size_t t) {
+  Row *r = &w->fields;
   if (t == kind->n) {
     const char *harm = field(r, "harm", 4), *type = field(r, "type", 4);
     if (!harm || !type || !*type || (strcmp(harm, "0") && strcmp(harm, "1")))
@@ -2442,7 +2448,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
       if (have && strcmp(have, row->at[c])) break;
       if (!have) row_add(r, name), row_add(r, row->at[c]);
     }
-    if (c == row->n) join(w, kind, t + 1, r);
+    if (c == row->n) join(w, kind, t + 1);
     r->n = n;
   }
 }
@@ -2453,7 +2459,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
 static void item_clear(World *w) {
   for (size_t i = w->of_item + 1; i < w->fields.n; i += 2)
     free((char *)w->fields.at[i]);
-  w->fields.n = w->of_item = w->expanded = w->nested = 0;
+  w->fields.n = w->of_item = w->expanded = 0;
 }
 
 /* Draws one of the alternatives that " / " divides; *n becomes its length. */
@@ -2466,16 +2472,6 @@ static const char *alternative(Rng *rng, const char *text, size_t *n) {
   *n = end ? (size_t)(end - text) : strlen(text);
   if (*n == 1 && *text == '-') *n = 0;
   return text;
-}
-
-/* A cell of the named TABLE.COLUMN, of any row; NULL if there is none. */
-static const char *any_cell(World *w, const char *name, size_t n) {
-  size_t dot = strcspn(name, ".}");
-  const Section *t = find(w, TABLE, name, dot);
-  for (size_t c = 2; t && t->n && dot < n && c < t->head.n; c++)
-    if (is_name(t->head.at[c], name + dot + 1, n - dot - 1))
-      return t->row[rng_below(&w->rng, t->n)].at[c - 2];
-  return NULL;
 }
 
 static void put_say(World *w, Section *say, Buf *out);
@@ -2491,7 +2487,11 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
     put_say(w, say, out);
     return;
   }
-  if (!v) v = any_cell(w, name, n);
+  size_t dot = strcspn(name, ".}");
+  const Section *t = dot < n ? find(w, TABLE, name, dot) : NULL;
+  for (size_t c = 2; !v && t && t->n && c < t->head.n; c++)
+    if (is_name(t->head.at[c], name + dot + 1, n - dot - 1))
+      v = t->row[rng_below(&w->rng, t->n)].at[c - 2];
   if (!v)
     fail_at(line, "{%.*s} is no column that an item of kind %s has, no "
             "TABLE.COLUMN, and no @say without an article", (int)n, name,
@@ -2522,7 +2522,7 @@ static void put_text(World *w, const Row *line, const char *text, size_t n,
 static void put_say(World *w, Section *say, Buf *out) {
   Row *line = say->row;
   size_t n, holding = 0;
-  if (++w->expanded > MOST_EXPANDED || ++w->nested > MOST_NESTED)
+  if (++w->expanded > MOST_EXPANDED)
     fail_at(&say->head, "@say %s contains itself, or says stand too deep in "
             "one another", say->head.at[1]);
   say->head.used = 1;
@@ -2534,7 +2534,6 @@ static void put_say(World *w, Section *say, Buf *out) {
     const char *text = alternative(&w->rng, line->at[1], &length);
     put_text(w, line, text, length, out);
   }
-  w->nested--;
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
@@ -2557,9 +2556,9 @@ static void tidy(char *s) {
  * one that is a fix stays what it was. NULL if the world may do without it,
  * and does. */
 static char *render(World *w, const char *name, int may) {
-  if (may && !find(w, SAY, name, strlen(name))) return NULL;
-  Section *say = needed(w, SAY, name);
+  Section *say = may ? find(w, SAY, name, strlen(name)) : needed(w, SAY, name);
   Buf b = {0};
+  if (!say) return NULL;
   buf_str(&b, "");
   put_name(w, &say->head, name, strlen(name), &b);
   tidy(b.s);
@@ -2590,7 +2589,7 @@ static void use_item(World *w, size_t item) {
 
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
-static TbrExample make_row(World *w, size_t item, int test) {
+static TbrExample make_row(World *w, size_t item, size_t test) {
   TbrExample e = {0};
   use_item(w, item);
   e.label = copy_string(field(&w->fields, "=label", 6));
@@ -2663,7 +2662,7 @@ static World *world_load(const char *directory) {
     row_add(&w->fields, "kind");
     row_add(&w->fields, s->head.at[1]);
     w->of_item = 2;
-    join(w, &s->head, 4, &w->fields);
+    join(w, &s->head, 4);
     s->items = w->items.n - s->first;
     if (!s->items || !s->weight)
       fail_at(&s->head, "no rows of these tables fit to one another, or the "
@@ -2814,7 +2813,7 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
  * what is held. Tests, and what else is only tested, take the lines of the mix
  * in turn. */
 static void make_rows(World *w, const char *name, const char *class, size_t n,
-                      int test, TbrExamples *rows) {
+                      size_t test, TbrExamples *rows) {
   int pseudo = !strcmp(class, "pseudo-harmful"), held = pseudo ? 0 : IS_HELD;
   Draw d = mix_open(w, name, test ? held | TUNED : held, test ? held : 0);
   size_t end = rows->n + n, i;
@@ -2861,12 +2860,12 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   size_t ordinary = w->documents.n;
   if (find(w, MIX, "ignorant", 8))
     make_documents(w, "ignorant", sizes->documents);
-  for (size_t p = 0; p < PARTS; p++)
-    if (part[p].rows && (p != 2 || find(w, MIX, "bridge", 6)))
-      make_rows(w, part[p].mix, part[p].class, part[p].rows, 0, &rows[p]);
-  for (size_t p = 0; p < PARTS; p++)
-    if (part[p].tests)
-      make_rows(w, part[p].mix, part[p].class, part[p].tests, 1, &rows[PARTS]);
+  for (size_t k = 0; k < 2 * PARTS; k++) {
+    size_t p = k % PARTS, test = k / PARTS;
+    size_t n = test ? part[p].tests : part[p].rows;
+    if (n && (p != 2 || find(w, MIX, "bridge", 6)))
+      make_rows(w, part[p].mix, part[p].class, n, test, &rows[test ? PARTS : p]);
+  }
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
   if (w->documents.n > ordinary)
@@ -4991,19 +4990,19 @@ typedef struct {
 
 /* Sets the option in "name = value", divided in place, or fails. */
 static void grid_set(TbrOptions *o, char *text, const char *letters,
-                     const char *where) {
+                     const Row *at) {
   char *value = strchr(text, '=');
-  if (!value) tbr_fail("%s: \"%s\" should be option=value", where, text);
+  if (!value) fail_at(at, "\"%s\" should be option=value", text);
   *value++ = 0;
   text = trim(text);
   size_t which = option_find(text, "ablate", "aA");
   if (which == OPTIONS)
-    tbr_fail("%s: there is no option \"%s\"; `tbr help ablate` lists them",
-             where, text);
+    fail_at(at, "there is no option \"%s\"; `tbr help ablate` lists them",
+            text);
   if (!strpbrk(option[which].verbs, letters))
-    tbr_fail("%s: %s holds for all arms; it should stand before the first",
-             where, text);
-  char *place = format_string("%s: --%s", where, text);
+    fail_at(at, "%s holds for all arms; it should stand before the first",
+            text);
+  char *place = format_string("%s:%zu: --%s", at->path, at->line, text);
   option_set(o, which, trim(value), place);
   free(place);
 }
@@ -5016,19 +5015,18 @@ static const TbrOptions *grid_find(const Grid *g, const char *name) {
 }
 
 /* One line `arm NAME option=value ...`, divided in place. */
-static void grid_arm(Grid *g, char *line, const char *where) {
+static void grid_arm(Grid *g, char *line, const Row *at) {
   char *word = strtok(line, " \t");
   TbrOptions o = g->shared;
   o.arm = word;
   if (!word || strpbrk(word, "=/") || strlen(word) > 40 || *word == '.' ||
       !strcmp(word, "data") || !strncmp(word, "base", 4))
-    tbr_fail("%s: an arm needs a name (not data, nor base...): `arm NAME "
-             "option=value ...`", where);
-  if (grid_find(g, word))
-    tbr_fail("%s: there is an arm \"%s\" already", where, word);
-  while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", where);
+    fail_at(at, "an arm needs a name (not data, nor base...): `arm NAME "
+            "option=value ...`");
+  if (grid_find(g, word)) fail_at(at, "there is an arm \"%s\" already", word);
+  while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", at);
   if (*o.of && (!grid_find(g, o.of) || *grid_find(g, o.of)->of))
-    tbr_fail("%s: of=%s should name an arm above that is trained", where, o.of);
+    fail_at(at, "of=%s should name an arm above that is trained", o.of);
   g->arm = mem_grow(g->arm, &g->arm_cap, g->arms + 1, sizeof *g->arm);
   g->arm[g->arms++] = o;
 }
@@ -5036,7 +5034,7 @@ static void grid_arm(Grid *g, char *line, const char *where) {
 /* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
  * and arms should stand above. */
 static Condition condition_read(const char *text, const Grid *g,
-                                const char *where) {
+                                const Row *at) {
   char *copy = copy_string(text), *word = strtok(copy, " "), *end = copy;
   Condition c = {.text = text};
   double factor = 1;
@@ -5050,7 +5048,7 @@ static Condition condition_read(const char *text, const Grid *g,
     } else if (!*end) {
       factor *= x;
     } else {
-      if (!arm) tbr_fail("%s: there is no arm \"%s\" above", where, word);
+      if (!arm) fail_at(at, "there is no arm \"%s\" above", word);
       if (c.terms < MOST_TERMS) c.term[c.terms] = (Term){factor, arm->arm};
       c.terms++, factor = 1;
     }
@@ -5059,50 +5057,46 @@ static Condition condition_read(const char *text, const Grid *g,
   word = word ? strtok(NULL, " ") : NULL;
   if (word) c.bound = strtod(word, &end);
   if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
-    tbr_fail("%s: a rule is conditions like `FR sft - 0.5 tbr > 0` of up to "
-             "%d arms, divided by &; \"%s\" is none", where, MOST_TERMS, text);
+    fail_at(at, "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
+            "arms, divided by &; \"%s\" is none", MOST_TERMS, text);
   free(copy);
   return c;
 }
 
 /* One line `claim NAME | TEXT | RULE`, divided in place. */
-static void grid_claim(Grid *g, char *line, const char *where) {
-  char *text = strchr(line, '|'), *rule = text ? strchr(text + 1, '|') : NULL;
-  if (!rule) tbr_fail("%s: this should be `claim NAME | TEXT | RULE`", where);
-  for (*text++ = *rule++ = 0; rule;) {
-    char *one = rule;
-    if ((rule = strchr(rule, '&')) != NULL) *rule++ = 0;
-    Condition c = condition_read(trim(one), g, where);
-    c.name = trim(line), c.claim = trim(text), c.last = !rule;
+static void grid_claim(Grid *g, char *line, const Row *at) {
+  Row cell = {0}, rule = {0};
+  split(&cell, line, '|');
+  if (cell.n != 3) fail_at(at, "this should be `claim NAME | TEXT | RULE`");
+  split(&rule, (char *)cell.at[2], '&');
+  for (size_t i = 0; i < rule.n; i++) {
+    Condition c = condition_read(rule.at[i], g, at);
+    c.name = cell.at[0], c.claim = cell.at[1], c.last = i + 1 == rule.n;
     g->condition = mem_grow(g->condition, &g->condition_cap,
                             g->conditions + 1, sizeof c);
     g->condition[g->conditions++] = c;
   }
+  free((void *)cell.at), free((void *)rule.at);
 }
 
 /* Reads a grid; the options among the given words take the place of what the
  * file says for all. */
 static Grid grid_read(const char *path, const char *const *given) {
   Grid g = {.text = read_file(path, NULL), .shared = options_default()};
-  size_t number = 0;
-  for (char *line = g.text, *next; line; line = next) {
-    char *where = format_string("%s:%zu", path, ++number);
-    next = strchr(line, '\n');
-    if (next) *next++ = 0;
+  Row at = {.path = path};
+  for (char *next = g.text, *line; (line = take_line(&at, &next)) != NULL;) {
     line[strcspn(line, "#")] = 0;
-    line = trim(line);
     if (!strncmp(line, "claim ", 6)) {
-      grid_claim(&g, line + 6, where);
+      grid_claim(&g, line + 6, &at);
     } else if (!strncmp(line, "arm ", 4)) {
       for (; !g.arms && given && *given; given++)
         if (!strncmp(*given, "--", 2))
           option_set(&g.shared, option_find(*given + 2, "ablate", "aA"),
                      given[1], *given), given++;
-      grid_arm(&g, line + 4, where);
-    } else if (*line) {
-      grid_set(&g.shared, line, g.arms ? "" : "aA", where);
+      grid_arm(&g, line + 4, &at);
+    } else {
+      grid_set(&g.shared, line, g.arms ? "" : "aA", &at);
     }
-    free(where);
   }
   if (!g.arms) tbr_fail("%s: names no arm: `arm NAME option=value ...`", path);
   return g;
@@ -5376,25 +5370,22 @@ static void results_write(const char *directory, const TbrResults *r,
 
 /* Adds the results in a file. */
 static void results_read(const char *path, TbrResults *r) {
-  size_t number = 0;
-  char *text = read_file(path, NULL);
-  for (char *line = text; *line;) {
-    size_t len = strcspn(line, "\n");
-    Json *j = json_parse(line, len, path, ++number);
+  char *text = read_file(path, NULL), *next = text, *line;
+  Row at = {.path = path};
+  while ((line = take_line(&at, &next)) != NULL) {
+    Json *j = json_parse(line, strlen(line), path, at.line);
     const char *arm = json_string(j, "arm", NULL);
-    if (!arm)
-      tbr_fail("%s:%zu: is no line of results: it names no arm", path, number);
+    if (!arm) fail_at(&at, "is no line of results: it names no arm");
     TbrResult *to = result_line(r, arm, (uint64_t)json_number(j, "seed", 0),
                                 json_string(j, "label", "unknown"),
                                 json_string(j, "type", "unknown"));
     for (size_t c = 0; c < TBR_COUNTS; c++) {
       double x = json_number(j, count_name[c], 0);
       if (!(x >= 0 && x < 1e15))
-        tbr_fail("%s:%zu: \"%s\" is no count", path, number, count_name[c]);
+        fail_at(&at, "\"%s\" is no count", count_name[c]);
       to->count[c] = (size_t)x;
     }
     json_free(j);
-    line += len + (line[len] == '\n');
   }
   free(text);
 }

@@ -216,7 +216,7 @@ static void decided(const TbrResults *r, const char *rule, int want,
   TbrOptions arm[] = {{.arm = "sft"}, {.arm = "tbr"}, {.arm = "even"},
                       {.arm = "late"}, {.arm = "other"}};
   Grid g = {.arm = arm, .arms = 5};
-  Condition c = condition_read(rule, &g, "here");
+  Condition c = condition_read(rule, &g, &(Row){.path = "here"});
   Buf b = {0};
   EQUAL(condition_decide(&b, r, &c), want);
   if (text) SAME(b.s, text);
