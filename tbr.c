@@ -2346,21 +2346,18 @@ static char *take_line(Row *at, char **text) {
   return NULL;
 }
 
-/* Reads a row of the last section; in a table, the first cell with ; in it
- * makes a row for each of its parts, and then the next such cell does. */
+/* Reads a row of the last section; in a table, one for each pairing of the
+ * parts that ; divides its cells into. */
 static void read_row(World *w, Row at, const char *text) {
   Section *s = &w->section[w->n - 1];
-  const char *part = s->is == TABLE ? strchr(text, ';') : NULL;
-  if (part) {
-    while (part > text && part[-1] != '|') part--;
-    const char *cell = part, *rest = part + strcspn(part, "|");
-    for (size_t n; part <= rest; part += n + 1) {
-      n = strcspn(part, ";|");
-      char *one = format_string("%.*s%.*s%s", (int)(cell - text), text,
-                                (int)n, part, rest);
-      read_row(w, at, one);
-      free(one);
-    }
+  const char *end = s->is == TABLE ? strchr(text, ';') : NULL, *cell = end;
+  if (end) { /* a row with the part before it, and those with what follows */
+    while (cell > text && cell[-1] != '|') cell--;
+    char *one = format_string("%.*s%s", (int)(end - text), text,
+                              end + strcspn(end, "|"));
+    char *rest = format_string("%.*s%s", (int)(cell - text), text, end + 1);
+    read_row(w, at, one), read_row(w, at, rest);
+    free(one), free(rest);
     return;
   }
   at.text = copy_string(text);
@@ -2863,8 +2860,9 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   for (size_t k = 0; k < 2 * PARTS; k++) {
     size_t p = k % PARTS, test = k / PARTS;
     size_t n = test ? part[p].tests : part[p].rows;
+    TbrExamples *to = &rows[test ? PARTS : p];
     if (n && (p != 2 || find(w, MIX, "bridge", 6)))
-      make_rows(w, part[p].mix, part[p].class, n, test, &rows[test ? PARTS : p]);
+      make_rows(w, part[p].mix, part[p].class, n, test, to);
   }
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
@@ -4813,6 +4811,7 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
  * number, p share; verbs: the letters (see chapter 13) of those that take it;
  * in a grid, a is for one arm or for all, A only for all, and a base model
  * depends on what has b. */
+enum { GENERAL, SAFETY, BRIDGE, PSEUDO, PROMPTS }; /* kinds of examples */
 #define AT(field) offsetof(TbrOptions, field)
 static const struct {
   const char *name;
@@ -4836,11 +4835,11 @@ static const struct {
   {"tokenizer", 's', AT(tokenizer), "", "sptgema", "if not beside the model"},
   {"text", 's', AT(text), "", "kp", "text, a document a line"},
   {"mix", 's', AT(mix), "pretrain", "ab", "pretrain on this @mix of the world"},
-  {"general", 's', AT(general), "", "ta", "file of general examples"},
-  {"safety", 's', AT(safety), "", "ta", "file of harmful ones, or none"},
-  {"bridge", 's', AT(bridge), "", "ta", "harmful ones that ask to think"},
-  {"pseudo", 's', AT(pseudo), "", "ta", "file of pseudo-harmful ones"},
-  {"prompts", 's', AT(prompts), "", "ea", "file of prompts to answer"},
+  {"general", 's', AT(file[GENERAL]), "", "ta", "file of general examples"},
+  {"safety", 's', AT(file[SAFETY]), "", "ta", "file of harmful ones, or none"},
+  {"bridge", 's', AT(file[BRIDGE]), "", "ta", "harmful ones that ask to think"},
+  {"pseudo", 's', AT(file[PSEUDO]), "", "ta", "file of pseudo-harmful ones"},
+  {"prompts", 's', AT(file[PROMPTS]), "", "ea", "file of prompts to answer"},
   {"prompt", 's', AT(prompt), "", "g", "the text to answer or to go on from"},
   {"out", 's', AT(out), "out", "dkptemAr", "directory, or file, to write"},
   {"arm", 's', AT(arm), "", "e", "the arm's name in the results"},
@@ -4876,10 +4875,10 @@ static const struct {
   {"noise", 'p', AT(noise), "0", "ta", "share of wrong verdicts"},
   {"filter", 'n', AT(filter), "0", "ta", "1: drop rows whose verdict is wrong"},
   {"asked", 'p', AT(asked), "0", "ta", "share of general ones asked to think"},
-  {"general-rows", 'n', AT(general_rows), "0", "ta", "the first N; 0: all"},
-  {"safety-rows", 'n', AT(safety_rows), "0", "ta", "the first N; 0: all"},
-  {"bridge-rows", 'n', AT(bridge_rows), "0", "ta", "the first N; 0: none"},
-  {"pseudo-rows", 'n', AT(pseudo_rows), "0", "ta", "the first N; 0: none"},
+  {"general-rows", 'n', AT(use[GENERAL]), "0", "ta", "the first N; 0: all"},
+  {"safety-rows", 'n', AT(use[SAFETY]), "0", "ta", "the first N; 0: all"},
+  {"bridge-rows", 'n', AT(use[BRIDGE]), "0", "ta", "the first N; 0: none"},
+  {"pseudo-rows", 'n', AT(use[PSEUDO]), "0", "ta", "the first N; 0: none"},
   {"too-long", 'w', AT(too_long), "drop", "ta", "rows too long: drop cut"},
   {"rows", 'n', AT(rows), "4096", "ptab", "tokens at a time"},
   {"save-every", 'n', AT(save_every), "500", "ptA", "steps a checkpoint"},
@@ -4919,7 +4918,7 @@ static void option_set(TbrOptions *o, size_t which, const char *value,
 }
 
 static TbrOptions options_default(void) {
-  TbrOptions o = {.file = ""};
+  TbrOptions o = {.argument = ""};
   for (size_t i = 0; i < OPTIONS; i++)
     option_set(&o, i, option[i].otherwise, option[i].name);
   return o;
@@ -5131,9 +5130,6 @@ static Pair pair_load(const char *model, const char *tokenizer) {
   return p;
 }
 
-/* The kinds of rows that an arm is trained on. */
-enum { GENERAL, SAFETY, BRIDGE, PSEUDO, KINDS };
-
 /* Ends a text behind the sentence that first gives a verdict. */
 static void end_at_verdict(char *text) {
   char *harmful = strstr(text, "harmful"), *at = strstr(text, "harmless");
@@ -5191,12 +5187,11 @@ static int contradicts(const TbrExample *row) {
  * others by the arm's share and where they ask for it. */
 static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
                      int kind, Buf *report) {
-  const char *path[] = {o->general, o->safety, o->bridge, o->pseudo};
-  size_t most[] = {o->general_rows, o->safety_rows, o->bridge_rows,
-                   o->pseudo_rows};
-  if (!*path[kind] || (kind >= BRIDGE && !most[kind])) return;
-  TbrExamples e = tbr_examples_read(path[kind]);
-  size_t n = most[kind] && most[kind] < e.n ? most[kind] : e.n;
+  const char *path = o->file[kind];
+  size_t most = o->use[kind];
+  if (!*path || (kind >= BRIDGE && !most)) return;
+  TbrExamples e = tbr_examples_read(path);
+  size_t n = most && most < e.n ? most : e.n;
   size_t *order = mem_new(e.n, sizeof *order), *other, fate[4] = {0};
   size_t context = p->model->config.context, reflecting = 0;
   Rng rng = rng_stream(o->seed, FOR_ARMS, (uint64_t)kind);
@@ -5216,7 +5211,7 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
     row.reflection = noisy ? row.wrong : styled(&e, i, other[i], o->style);
     if (asked) row.prompt = row.asked;
     if (!row.prompt || (reflect && !row.reflection))
-      tbr_fail("%s: example %zu has no `%s`, which this arm needs", path[kind],
+      tbr_fail("%s: example %zu has no `%s`, which this arm needs", path,
                i + 1, !row.prompt ? "asked" : noisy ? "wrong" : o->style);
     int what = o->filter && reflect && contradicts(&row) ? 3
              : tbr_example_sequence(s, p->tok, &row, reflect, context,
@@ -5225,13 +5220,13 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
     reflecting += reflect && what < 2;
   }
   buf_str(report, "{\"file\": ");
-  json_quote(report, path[kind], strlen(path[kind]));
+  json_quote(report, path, strlen(path));
   buf_printf(report, ", \"rows\": %zu, \"reflecting\": %zu, \"cut\": %zu, "
              "\"dropped\": %zu, \"filtered\": %zu}\n", n, reflecting, fate[1],
              fate[2], fate[3]);
   if (fate[1] + fate[2])
     fprintf(stderr, "tbr: %s: %zu of %zu rows are longer than the context of "
-            "%zu tokens: %zu cut, %zu dropped\n", path[kind],
+            "%zu tokens: %zu cut, %zu dropped\n", path,
             fate[1] + fate[2], n, context, fate[1], fate[2]);
   free(order), free(other);
   tbr_examples_free(&e);
@@ -5251,7 +5246,7 @@ void tbr_finetune(const TbrOptions *o) {
   tbr_tokenizer_add_marks(p.tok);
   if (tbr_tokenizer_vocab(p.tok) > p.model->config.vocab)
     p.model = model_widen(p.model, tbr_tokenizer_vocab(p.tok), o->seed);
-  for (int kind = 0; kind < KINDS; kind++) add_rows(&s, &p, o, kind, &report);
+  for (int kind = 0; kind < PROMPTS; kind++) add_rows(&s, &p, o, kind, &report);
   if (!s.n)
     tbr_fail("no examples to train on: --general and --safety name files%s",
              report.n ? "; all rows in them are longer than the context" : "");
@@ -5419,12 +5414,11 @@ static uint64_t form_of(Map *words, size_t n, const char *prompt) {
  * nothing else. */
 static void form_evaluate(const TbrOptions *o, const TbrExamples *tests,
                           TbrResults *results) {
-  const char *path[] = {o->general, o->safety};
-  size_t n[] = {o->general_rows, o->safety_rows}, i;
+  size_t n[] = {o->use[GENERAL], o->use[SAFETY]}, i;
   TbrExamples e[2] = {{0}};
   Map words = {0}, forms[2] = {{0}};
   for (int k = 0; k < 2; k++) {
-    if (*path[k]) e[k] = tbr_examples_read(path[k]);
+    if (*o->file[k]) e[k] = tbr_examples_read(o->file[k]);
     if (!n[k] || n[k] > e[k].n) n[k] = e[k].n;
     for (i = 0; i < n[k]; i++) form_of(&words, 0, e[k].row[i].prompt);
   }
@@ -5460,12 +5454,12 @@ static void keep_some(TbrExamples *e, size_t limit) {
 /* The tests of an arm: some of its prompts, perhaps with the request to think
  * first. */
 static TbrExamples tests_read(const TbrOptions *o) {
-  TbrExamples e = tbr_examples_read(o->prompts);
+  TbrExamples e = tbr_examples_read(o->file[PROMPTS]);
   keep_some(&e, o->limit);
   for (size_t i = 0; o->think && i < e.n; i++) {
     if (!e.row[i].asked)
       tbr_fail("%s: prompt %zu has no `asked`, which --think 1 needs",
-               o->prompts, i + 1);
+               o->file[PROMPTS], i + 1);
     char *plain = e.row[i].prompt;
     e.row[i].prompt = e.row[i].asked;
     e.row[i].asked = plain;
@@ -5494,7 +5488,7 @@ static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
 }
 
 void tbr_eval(const TbrOptions *o) {
-  if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
+  if (!*o->file[PROMPTS]) tbr_fail("--prompts names the file of prompts");
   Pair p = pair_load(o->model, o->tokenizer);
   TbrExamples e = tests_read(o);
   TbrResults r = {0};
@@ -5508,7 +5502,7 @@ void tbr_eval(const TbrOptions *o) {
                               o->out, &r);
     if (cut)
       fprintf(stderr, "tbr: %s: %zu of %zu prompts are longer than the context "
-              "and were cut\n", o->prompts, cut, e.n);
+              "and were cut\n", o->file[PROMPTS], cut, e.n);
     results_write(o->out, &r, mark);
   }
   free(r.row), free(path), free(before);
@@ -5588,17 +5582,15 @@ static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
   static const char *const name[] = {"general", "safety", "bridge", "pseudo",
                                      "eval"};
   TbrOptions o = *arm;
-  const char **file[] = {&o.general, &o.safety, &o.bridge, &o.pseudo,
-                         &o.prompts};
   char *home = format_string("%s/seed-%zu", shared->out, seed);
-  for (size_t i = 0; i < KINDS + 1; i++) {
-    const char *path = *file[i];
+  for (size_t i = 0; i <= PROMPTS; i++) {
+    const char *path = arm->file[i];
     int none = !strcmp(path, "none");
     if (*path && !none && !file_exists(path))
       tbr_fail("%s: cannot be opened; arm %s names it as %s", path, arm->arm,
                name[i]);
-    *file[i] = *path ? copy_string(none ? "" : path)
-                     : format_string("%s/data/%s.jsonl", home, name[i]);
+    o.file[i] = *path ? copy_string(none ? "" : path)
+                      : format_string("%s/data/%s.jsonl", home, name[i]);
   }
   unsigned long long hash = base_hash(arm);
   o.base = *o.base ? copy_string(o.base)
@@ -5613,9 +5605,9 @@ static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
 }
 
 static void cell_free(const TbrOptions *o) {
-  const char *const own[] = {o->general, o->safety, o->bridge, o->pseudo,
-                             o->prompts, o->base, o->text, o->out, o->model};
-  for (size_t i = 0; i < sizeof own / sizeof *own; i++) free((char *)own[i]);
+  for (size_t i = 0; i <= PROMPTS; i++) free((char *)o->file[i]);
+  free((char *)o->base), free((char *)o->text);
+  free((char *)o->out), free((char *)o->model);
 }
 
 /* Whether cell i belongs to a stage: 0, it is the first with a base that the
@@ -5630,10 +5622,10 @@ static int in_stage(int stage, const Grid *g, const TbrOptions *cell,
 
 void tbr_ablate(const TbrOptions *options) {
   static const char *const stage[] = {"bases", "arms", "evaluations"};
-  Grid g = grid_read(options->file, options->given);
+  Grid g = grid_read(options->argument, options->given);
   TbrOptions *o = &g.shared;
   size_t cells = o->seeds * g.arms;
-  if (!cells) tbr_fail("%s: seeds must be at least 1", options->file);
+  if (!cells) tbr_fail("%s: seeds must be at least 1", options->argument);
   TbrOptions *cell = mem_new(cells, sizeof *cell);
   TbrOptions **job = mem_new(cells, sizeof *job);
   Buf results = {0};
@@ -5659,7 +5651,7 @@ void tbr_ablate(const TbrOptions *options) {
     cell_free(&cell[i]);
   }
   write_file(path, results.s, results.n);
-  o->file = path, o->grid = options->file;
+  o->argument = path, o->grid = options->argument;
   tbr_report(o);
   free(path), buf_free(&results), free(cell), free(job), grid_free(&g);
 }
@@ -5879,8 +5871,8 @@ void tbr_report(const TbrOptions *o) {
   Report to = {0};
   TbrResults results = {0}, *r = &results;
   int seeds = 0, compared = 0;
-  results_read(o->file, r);
-  if (!r->n) tbr_fail("%s: has no results in it", o->file);
+  results_read(o->argument, r);
+  if (!r->n) tbr_fail("%s: has no results in it", o->argument);
   for (size_t i = 0; i < r->n; i++) {
     seeds += first_of(r, i, 0);
     compared |= !strcmp(r->row[i].arm, o->baseline);
@@ -6015,7 +6007,7 @@ static void verb_data(const TbrOptions *o) {
 }
 
 static void verb_show(const TbrOptions *o) {
-  TbrExamples e = tbr_examples_read(o->file);
+  TbrExamples e = tbr_examples_read(o->argument);
   TbrTokenizer *tok = tbr_tokenizer_load(
       *o->tokenizer ? o->tokenizer : o->model, 0);
   TbrSequences s = {0};
@@ -6024,7 +6016,7 @@ static void verb_show(const TbrOptions *o) {
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < e.n && i < o->show; i++) {
     tbr_example_sequence(&s, tok, &e.row[i], reflect, (size_t)1 << 30, 0);
-    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", o->file,
+    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", o->argument,
            i + 1, s.first[s.n] - s.first[s.n - 1] + 1,
            colour ? "; green: the loss counts" : "");
     tbr_show_sequence(tok, &s, s.n - 1, colour);
@@ -6072,18 +6064,18 @@ static void verb_generate(const TbrOptions *o) {
 static void verb_eval(const TbrOptions *o) {
   TbrOptions with = *o;
   char *path = path_in(o->out, "results.jsonl");
-  with.file = path;
+  with.argument = path;
   tbr_eval(o);
   tbr_report(&with);
   free(path);
 }
 
 static void verb_judge(const TbrOptions *o) {
-  Json *csv = csv_read(o->file);
+  Json *csv = csv_read(o->argument);
   const Json *row = csv->child;
   Buf b = {0};
   if (!json_get(row, "completion"))
-    tbr_fail("%s:1: has no column `completion`", o->file);
+    tbr_fail("%s:1: has no column `completion`", o->argument);
   for (; row; row = row->next) {
     for (const Json *cell = row->child; cell; cell = cell->next) {
       csv_quote(&b, cell->string);
@@ -6100,7 +6092,7 @@ static void verb_judge(const TbrOptions *o) {
 }
 
 static void verb_info(const TbrOptions *o) {
-  TbrModel *m = tbr_model_load(o->file);
+  TbrModel *m = tbr_model_load(o->argument);
   const TbrConfig *c = &m->config;
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n"
@@ -6193,8 +6185,8 @@ static int run_verb(size_t v, char **word) {
   o.given = (const char *const *)word;
   for (; *word; word++) {
     int named = !strncmp(*word, "--", 2);
-    if (!named && *verb[v].argument && !*o.file) {
-      o.file = *word;
+    if (!named && *verb[v].argument && !*o.argument) {
+      o.argument = *word;
       continue;
     }
     size_t i = named ? option_find(*word + 2, verb[v].name, verb[v].letters)
@@ -6203,7 +6195,7 @@ static int run_verb(size_t v, char **word) {
     if (!word[1]) return usage(v, "%s needs a value", *word);
     option_set(&o, i, word[1], *word), word++;
   }
-  if (*verb[v].argument && !*o.file)
+  if (*verb[v].argument && !*o.argument)
     return usage(v, "this verb needs an argument: %s", verb[v].argument);
   tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
   verb[v].run(&o);

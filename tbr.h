@@ -361,16 +361,17 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
 /* Everything that a command line or a grid file can say; `tbr help VERB` has
  * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
-  const char *world, *out, *base, *model, *tokenizer, *general, *safety,
-      *bridge, *pseudo, *prompts, *text, *prompt, *in, *form, *rule,
-      *reflection, *style, *too_long, *arm, *mix, *of, *by, *baseline, *grid;
-  const char *file;         /* the argument of a verb that has one */
+  const char *world, *out, *base, *model, *tokenizer, *text, *prompt, *in,
+      *form, *rule, *reflection, *style, *too_long, *arm, *mix, *of, *by,
+      *baseline, *grid;
+  const char *argument;     /* of a verb that has one */
+  const char *file[5];      /* general, safety, bridge, pseudo rows; prompts */
+  size_t use[4];            /* how many rows of each */
   const char *const *given; /* the words of the command line, then NULL */
   TbrWorldSizes sizes;
   size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
   TbrTraining pretrain, train; /* what options say of them */
-  size_t window, rows, save_every, general_rows, safety_rows, bridge_rows;
-  size_t pseudo_rows, filter, think, limit, tokens, show, threads;
+  size_t window, rows, save_every, filter, think, limit, tokens, show, threads;
   double share, asked, noise, temperature, top_p;
 } TbrOptions;
 
@@ -380,11 +381,11 @@ void tbr_pretrain(const TbrOptions *options);
 void tbr_finetune(const TbrOptions *options);
 void tbr_eval(const TbrOptions *options);
 
-/* Runs every arm of the grid options->file under every seed, and reports; the
- * options given take the place of what the grid says for all. */
+/* Runs every arm of the grid options->argument under every seed, and reports;
+ * the options given take the place of what the grid says for all. */
 void tbr_ablate(const TbrOptions *options);
 
-/* Prints the tables of the results in options->file, with the claims of
+/* Prints the tables of the results in options->argument, with the claims of
  * options->grid decided by their own rules, and writes report.md and
  * report.csv into options->out. */
 void tbr_report(const TbrOptions *options);

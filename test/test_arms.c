@@ -74,12 +74,13 @@ static void test_styles(const char *folder) {
   char *safety = write_rows_of(folder, "s", 2, "harmful");
   char *general = write_rows_of(folder, "g", 2, "harmless");
   TbrOptions o = options_default();
-  o.safety = o.bridge = safety, o.general = o.pseudo = general;
+  o.file[SAFETY] = o.file[BRIDGE] = safety;
+  o.file[GENERAL] = o.file[PSEUDO] = general;
   trains("a s~a is harmful~a!|b s~b is harmful~b!|", &o, SAFETY);
   trains("a ga!|b gb!|", &o, GENERAL);
   trains("", &o, BRIDGE);
   trains("", &o, PSEUDO);
-  o.safety_rows = 1, o.style = "filler";
+  o.use[SAFETY] = 1, o.style = "filler";
   trains("a s~a filler~a!|", &o, SAFETY);
   o.style = "label";
   trains("a s~a label~a!|", &o, SAFETY);
@@ -95,12 +96,12 @@ static void test_styles(const char *folder) {
   trains("a sa!|", &o, SAFETY);
   o.noise = 0, o.reflection = "all";
   trains("a g~a is harmless~a!|b g~b is harmless~b!|", &o, GENERAL);
-  o.reflection = "none", o.asked = 1, o.bridge_rows = 1, o.pseudo_rows = 2;
+  o.reflection = "none", o.asked = 1, o.use[BRIDGE] = 1, o.use[PSEUDO] = 2;
   trains("a g?~a is harmless~a!|b g?~b is harmless~b!|", &o, GENERAL);
   trains("a s?~a is harmful~a!|", &o, BRIDGE);
   trains("a sa!|", &o, SAFETY);
   trains("a ga!|b gb!|", &o, PSEUDO);
-  o.think = 1, o.prompts = general;
+  o.think = 1, o.file[PROMPTS] = general;
   TbrExamples tests = tests_read(&o);
   SAME(tests.row[1].prompt, "b g?");
   tbr_examples_free(&tests);
@@ -117,7 +118,7 @@ static void test_share(const char *folder) {
                 "\"a\", \"wrong\": \"w\", \"label\": \"harmless\"}\n");
   write_file(path, b.s, b.n);
   TbrOptions o = options_default();
-  o.general = path, o.share = 0.2, o.noise = 0.5;
+  o.file[GENERAL] = path, o.share = 0.2, o.noise = 0.5;
   char *got = trained_on(&o, GENERAL, &report);
   size_t own = 0, wrong = 0;
   for (const char *s = got; *s; s++) own += *s == 'r', wrong += *s == 'w';
@@ -188,7 +189,7 @@ static void test_form(const char *folder) {
   TbrOptions o = options_default();
   TbrExamples e = {0};
   TbrResults r = {0};
-  o.general = path[0], o.safety = path[1], o.arm = "form";
+  o.file[GENERAL] = path[0], o.file[SAFETY] = path[1], o.arm = "form";
   for (size_t i = 0; i < 5; i++) {
     char type[2] = {letters[i], 0};
     TbrExample x = {.prompt = copy_string(test[i].prompt), .type = type,
