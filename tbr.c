@@ -2254,12 +2254,12 @@ typedef struct {
 /* Fails, with the place in the file. */
 TBR_PRINTF(2, 3)
 static void fail_at(const Row *at, const char *format, ...) {
-  char message[1024];
+  Buf message = {0};
   va_list args;
   va_start(args, format);
-  vsnprintf(message, sizeof message, format, args);
+  buf_vprintf(&message, format, args);
   va_end(args);
-  tbr_fail("%s:%zu: %s", at->path, at->line, message);
+  tbr_fail("%s:%zu: %s", at->path, at->line, message.s);
 }
 
 /* Whether s is the n bytes at word, where _ may stand for a blank. */
@@ -2693,21 +2693,21 @@ static uint64_t combination(const World *w, const Row *rule, size_t item) {
 
 /* Gives the share of combinations that a line of a rule draws a mark. */
 static void apply_rule(World *w, const Row *rule, unsigned char mark) {
-  uint64_t *key = mem_raw(w->items.n, sizeof *key);
-  size_t *first = mem_raw(w->items.n, sizeof *first); /* of a combination */
-  size_t *order = mem_raw(w->items.n, sizeof *order), n = 0, k;
+  size_t *number = mem_new(w->items.n, sizeof *number); /* 0: has none */
+  size_t *order = mem_raw(w->items.n, sizeof *order), n = 0;
+  Map seen = {0};
   for (size_t i = 0; i < w->items.n; i++) {
-    key[i] = combination(w, rule, i);
-    for (k = 0; k < n && key[first[k]] != key[i];) k++;
-    if (key[i] && k == n) first[n++] = i;
+    uint64_t key = combination(w, rule, i);
+    if (key && !map_get(&seen, key)) *map_put(&seen, key) = ++n;
+    if (key) number[i] = (size_t)map_get(&seen, key);
   }
   if (!n) fail_at(rule, "this guard holds for no item");
   shuffle(order, n, &w->rng);
   size_t share = (n * weight(rule, rule->at[0]) + 50) / 100;
-  for (k = 0; k < share; k++)
+  for (size_t k = 0; k < share; k++)
     for (size_t i = 0; i < w->items.n; i++)
-      if (key[i] == key[first[order[k]]]) w->mark[i] |= mark;
-  free(order), free(first), free(key);
+      if (number[i] == order[k] + 1) w->mark[i] |= mark;
+  free(number), free(order), free(seen.slot);
 }
 
 /* Draws what is novel and what is held. */
@@ -4888,8 +4888,7 @@ static const struct {
   {"temperature", 'd', AT(temperature), "0", "gea", "0: the likeliest token"},
   {"top-p", 'p', AT(top_p), "1", "gea", "share of the mass to draw from"},
   {"show", 'n', AT(show), "3", "ds", "print so many of each kind"},
-  {"threads", 'n', AT(threads), "0",
-   "xdsktpgejArim", "0: all cores; no result depends on it"}};
+  {"threads", 'n', AT(threads), "0", "xdsktpgejArim", "0: all cores"}};
 enum { OPTIONS = sizeof option / sizeof *option };
 
 /* Sets one option from text; where says where that text stands. */
@@ -5176,12 +5175,6 @@ static char *styled(const TbrExamples *e, size_t i, size_t other,
                                     : row->reflection;
 }
 
-/* Whether the verdict of a row's reflection isn't that of its label. */
-static int contradicts(const TbrExample *row) {
-  int harmful = row->label && !strcmp(row->label, "harmful");
-  return row->reflection && verdict(row->reflection) != (harmful ? -1 : 1);
-}
-
 /* Adds the rows of one kind as sequences, and a line on what became of them
  * to the report. Bridging rows reflect, safety rows unless the arm says none,
  * others by the arm's share and where they ask for it. */
@@ -5213,7 +5206,8 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
     if (!row.prompt || (reflect && !row.reflection))
       tbr_fail("%s: example %zu has no `%s`, which this arm needs", path,
                i + 1, !row.prompt ? "asked" : noisy ? "wrong" : o->style);
-    int what = o->filter && reflect && contradicts(&row) ? 3
+    int truth = row.label && !strcmp(row.label, "harmful") ? -1 : 1;
+    int what = o->filter && reflect && verdict(row.reflection) != truth ? 3
              : tbr_example_sequence(s, p->tok, &row, reflect, context,
                                     !strcmp(o->too_long, "cut"));
     fate[what]++;
@@ -5969,22 +5963,6 @@ static void verb_selftest(const TbrOptions *o) {
 
 /* ---- the verbs --------------------------------------------------------- */
 
-/* Prints n of the rows that were made of some kind, evenly spaced. */
-static void print_rows(const char *directory, const char *name, size_t n) {
-  char *path = path_in(directory, name);
-  if (n && file_exists(path)) {
-    TbrExamples e = tbr_examples_read(path);
-    keep_some(&e, n);
-    printf("\n%s\n", path);
-    for (const TbrExample *x = e.row; x < e.row + e.n; x++)
-      printf("\n  %s (%s)\n  <think> %s </think>\n  %s\n", x->prompt,
-             x->type ? x->type : "", x->reflection ? x->reflection : "",
-             x->response ? x->response : "");
-    tbr_examples_free(&e);
-  }
-  free(path);
-}
-
 static void verb_data(const TbrOptions *o) {
   static const char *const name[] = {"general.jsonl", "safety.jsonl",
                                      "bridge.jsonl", "pseudo.jsonl",
@@ -6002,7 +5980,16 @@ static void verb_data(const TbrOptions *o) {
   char *line = strtok(text, "\n");
   for (size_t i = 0; line && i < o->show; i++, line = strtok(NULL, "\n"))
     printf("  %s\n", line);
-  for (size_t i = 0; i < 5; i++) print_rows(o->out, name[i], o->show);
+  for (size_t i = 0; i < 5 && o->show; i++) {
+    char *rows = path_in(o->out, name[i]);
+    TbrExamples e = {0};
+    if (file_exists(rows)) e = tbr_examples_read(rows), printf("\n%s\n", rows);
+    keep_some(&e, o->show);
+    for (const TbrExample *x = e.row; x < e.row + e.n; x++)
+      printf("\n  %s (%s)\n  <think> %s </think>\n  %s\n", x->prompt, x->type,
+             x->reflection, x->response);
+    tbr_examples_free(&e), free(rows);
+  }
   free(path), free(text);
 }
 
