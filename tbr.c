@@ -4970,11 +4970,10 @@ enum { RATES = sizeof rate_column / sizeof *rate_column };
 enum { MOST_TERMS = 16 };
 typedef struct { double factor; const char *arm; } Term;
 typedef struct {
-  const char *name, *claim, *text; /* of the claim; and its own rule */
   size_t rate, terms;
   Term term[MOST_TERMS];
   double bound;
-  int above, last; /* last: of its claim */
+  int above;
 } Condition;
 
 /* A grid file: lines `option = value` that hold for all arms, then lines
@@ -4982,9 +4981,12 @@ typedef struct {
 typedef struct {
   char *text; /* which the strings point into */
   TbrOptions shared, *arm;
-  Condition *condition;
-  size_t arms, arm_cap, conditions, condition_cap;
+  size_t arms, cap;
+  Row claims;
 } Grid;
+
+static void claim_decide(Buf *b, const TbrResults *r, const Grid *g,
+                         const char *claim, const Row *at);
 
 /* Sets the option in "name = value", divided in place, or fails. */
 static void grid_set(TbrOptions *o, char *text, const char *letters,
@@ -5025,56 +5027,8 @@ static void grid_arm(Grid *g, char *line, const Row *at) {
   while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", at);
   if (*o.of && (!grid_find(g, o.of) || *grid_find(g, o.of)->of))
     fail_at(at, "of=%s should name an arm above that is trained", o.of);
-  g->arm = mem_grow(g->arm, &g->arm_cap, g->arms + 1, sizeof *g->arm);
+  g->arm = mem_grow(g->arm, &g->cap, g->arms + 1, sizeof *g->arm);
   g->arm[g->arms++] = o;
-}
-
-/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
- * and arms should stand above. */
-static Condition condition_read(const char *text, const Grid *g,
-                                const Row *at) {
-  char *copy = copy_string(text), *word = strtok(copy, " "), *end = copy;
-  Condition c = {.text = text};
-  double factor = 1;
-  while (c.rate < RATES && (!word || strcmp(word, rate_column[c.rate].code)))
-    c.rate++;
-  while ((word = strtok(NULL, " ")) != NULL && !strchr("<>", *word)) {
-    double x = strtod(word, &end);
-    const TbrOptions *arm = grid_find(g, word);
-    if (!strcmp(word, "+") || !strcmp(word, "-")) {
-      factor = *word == '-' ? -1 : 1;
-    } else if (!*end) {
-      factor *= x;
-    } else {
-      if (!arm) fail_at(at, "there is no arm \"%s\" above", word);
-      if (c.terms < MOST_TERMS) c.term[c.terms] = (Term){factor, arm->arm};
-      c.terms++, factor = 1;
-    }
-  }
-  c.above = word && *word == '>';
-  word = word ? strtok(NULL, " ") : NULL;
-  if (word) c.bound = strtod(word, &end);
-  if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
-    fail_at(at, "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
-            "arms, divided by &; \"%s\" is none", MOST_TERMS, text);
-  free(copy);
-  return c;
-}
-
-/* One line `claim NAME | TEXT | RULE`, divided in place. */
-static void grid_claim(Grid *g, char *line, const Row *at) {
-  Row cell = {0}, rule = {0};
-  split(&cell, line, '|');
-  if (cell.n != 3) fail_at(at, "this should be `claim NAME | TEXT | RULE`");
-  split(&rule, (char *)cell.at[2], '&');
-  for (size_t i = 0; i < rule.n; i++) {
-    Condition c = condition_read(rule.at[i], g, at);
-    c.name = cell.at[0], c.claim = cell.at[1], c.last = i + 1 == rule.n;
-    g->condition = mem_grow(g->condition, &g->condition_cap,
-                            g->conditions + 1, sizeof c);
-    g->condition[g->conditions++] = c;
-  }
-  free((void *)cell.at), free((void *)rule.at);
 }
 
 /* Reads a grid; the options among the given words take the place of what the
@@ -5085,7 +5039,8 @@ static Grid grid_read(const char *path, const char *const *given) {
   for (char *next = g.text, *line; (line = take_line(&at, &next)) != NULL;) {
     line[strcspn(line, "#")] = 0;
     if (!strncmp(line, "claim ", 6)) {
-      grid_claim(&g, line + 6, &at);
+      claim_decide(NULL, &(TbrResults){0}, &g, line + 6, &at);
+      row_add(&g.claims, line + 6);
     } else if (!strncmp(line, "arm ", 4)) {
       for (; !g.arms && given && *given; given++)
         if (!strncmp(*given, "--", 2))
@@ -5101,7 +5056,7 @@ static Grid grid_read(const char *path, const char *const *given) {
 }
 
 static void grid_free(Grid *g) {
-  free(g->text), free(g->arm), free(g->condition);
+  free(g->text), free(g->arm), free((void *)g->claims.at);
 }
 
 /* ---- one cell of a grid ------------------------------------------------ */
@@ -5826,39 +5781,75 @@ static void seed_table(Report *to, const TbrResults *r) {
   add_table(to, &b);
 }
 
+/* ---- claims ------------------------------------------------------------ */
+
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
+ * and arms should stand above. */
+static Condition condition_read(const char *text, const Grid *g,
+                                const Row *at) {
+  char *copy = copy_string(text), *word = strtok(copy, " "), *end = copy;
+  Condition c = {.terms = 0};
+  double factor = 1;
+  while (c.rate < RATES && (!word || strcmp(word, rate_column[c.rate].code)))
+    c.rate++;
+  while ((word = strtok(NULL, " ")) != NULL && !strchr("<>", *word)) {
+    double x = strtod(word, &end);
+    const TbrOptions *arm = grid_find(g, word);
+    if (!strcmp(word, "+") || !strcmp(word, "-")) {
+      factor = *word == '-' ? -1 : 1;
+    } else if (!*end) {
+      factor *= x;
+    } else {
+      if (!arm) fail_at(at, "there is no arm \"%s\" above", word);
+      if (c.terms < MOST_TERMS) c.term[c.terms] = (Term){factor, arm->arm};
+      c.terms++, factor = 1;
+    }
+  }
+  c.above = word && *word == '>';
+  word = word ? strtok(NULL, " ") : NULL;
+  if (word) c.bound = strtod(word, &end);
+  if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
+    fail_at(at, "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
+            "arms, divided by &; \"%s\" is none", MOST_TERMS, text);
+  free(copy);
+  return c;
+}
+
 /* Decides a condition by its 95% t-interval over seeds, and adds what was
- * found to the table: 1 it holds, -1 it doesn't, 0 that isn't decided. */
-static int condition_decide(Buf *b, const TbrResults *r, const Condition *c) {
+ * found: 1 it holds, -1 it doesn't, 0 that isn't decided. */
+static int condition_decide(Buf *b, const TbrResults *r, const char *text,
+                            const Condition *c) {
   double mean, half;
   size_t n = over_seeds(r, c, &mean, &half);
   double more = c->above ? mean - c->bound : c->bound - mean;
-  buf_str(b, c->text);
+  buf_str(b, text);
   if (n > 1) buf_printf(b, " (%.3f +- %.3f)", mean, half);
   return n < 2 ? 0 : more > half ? 1 : more < -half ? -1 : 0;
 }
 
-/* Adds the claims of a grid and what became of them. A claim holds if all of
- * its conditions do, and doesn't if one of them doesn't. */
-static void claim_table(Report *to, const TbrResults *r, const Grid *g) {
+/* Adds `NAME | TEXT | RULE` and what became of it as a row of a table; if that
+ * is NULL, only checks it. A claim holds if all conditions of its rule do, and
+ * doesn't if one of them doesn't. */
+static void claim_decide(Buf *b, const TbrResults *r, const Grid *g,
+                         const char *claim, const Row *at) {
   static const char *const word[] = {"does not hold", "not decided", "holds"};
-  Buf b = {0}, found = {0};
+  char *copy = copy_string(claim);
+  Row cell = {0}, rule = {0};
+  Buf found = {0};
   int least = 1;
-  buf_str(&b, "\tclaim\t\trule, and what was found");
-  for (size_t i = 0; i < g->conditions; i++) {
-    const Condition *c = &g->condition[i];
-    int held = condition_decide(&found, r, c);
+  split(&cell, copy, '|');
+  if (cell.n != 3) fail_at(at, "this should be `claim NAME | TEXT | RULE`");
+  split(&rule, (char *)cell.at[2], '&');
+  for (size_t i = 0; i < rule.n; i++) {
+    Condition c = condition_read(rule.at[i], g, at);
+    int held = condition_decide(&found, r, rule.at[i], &c);
     if (held < least) least = held;
-    if (!c->last) {
-      buf_str(&found, "; ");
-      continue;
-    }
-    buf_printf(&b, "\n%s\t%s\t%s\t%s", c->name, c->claim, word[least + 1],
-               found.s);
-    buf_clear(&found);
-    least = 1;
+    if (i + 1 < rule.n) buf_str(&found, "; ");
   }
-  if (g->conditions) add_table(to, &b);
-  buf_free(&b), buf_free(&found);
+  if (b)
+    buf_printf(b, "\n%s\t%s\t%s\t%s", cell.at[0], cell.at[1], word[least + 1],
+               found.s);
+  buf_free(&found), free(copy), free((void *)cell.at), free((void *)rule.at);
 }
 
 void tbr_report(const TbrOptions *o) {
@@ -5880,8 +5871,12 @@ void tbr_report(const TbrOptions *o) {
   type_table(&to, r);
   if (*o->grid) {
     Grid g = grid_read(o->grid, NULL);
-    claim_table(&to, r, &g);
-    grid_free(&g);
+    Buf b = {0};
+    buf_str(&b, "\tclaim\t\trule, and what was found");
+    for (size_t i = 0; i < g.claims.n; i++)
+      claim_decide(&b, r, &g, g.claims.at[i], NULL);
+    if (g.claims.n) add_table(&to, &b);
+    buf_free(&b), grid_free(&g);
   }
   fwrite(to.text.s, 1, to.text.n, stdout);
   make_directory(o->out);

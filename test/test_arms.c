@@ -219,7 +219,7 @@ static void decided(const TbrResults *r, const char *rule, int want,
   Grid g = {.arm = arm, .arms = 5};
   Condition c = condition_read(rule, &g, &(Row){.path = "here"});
   Buf b = {0};
-  EQUAL(condition_decide(&b, r, &c), want);
+  EQUAL(condition_decide(&b, r, rule, &c), want);
   if (text) SAME(b.s, text);
   buf_free(&b);
 }
