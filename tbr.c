@@ -2499,23 +2499,8 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
   buf_add(out, v, n);
 }
 
-/* Adds n bytes of a line's text, with its {names} replaced. */
-static void put_text(World *w, const Row *line, const char *text, size_t n,
-                     Buf *out) {
-  const char *end = text + n;
-  while (n = strcspn(text, "{}"), n < (size_t)(end - text)) {
-    buf_add(out, text, n);
-    text += n;
-    n = strcspn(text + 1, "{}");
-    if (*text == '}' || text[n + 1] != '}')
-      fail_at(line, "{ and } should stand in pairs");
-    put_name(w, line, text + 1, n, out);
-    text += n + 2;
-  }
-  buf_add(out, text, (size_t)(end - text));
-}
-
-/* Adds the expansion of a say, nothing if no guard holds. */
+/* Adds the expansion of a say: of a line whose guard holds, if there is one,
+ * the text with its {names} replaced. */
 static void put_say(World *w, Section *say, Buf *out) {
   Row *line = say->row;
   size_t n, holding = 0;
@@ -2525,12 +2510,20 @@ static void put_say(World *w, Section *say, Buf *out) {
   say->head.used = 1;
   for (size_t l = 0; l < say->n; l++)
     if (holds(&w->fields, line[l].at[0])) line[l].used = 1, holding++;
-  for (n = holding ? rng_below(&w->rng, holding) + 1 : 0; n; line++) {
-    if (!holds(&w->fields, line->at[0]) || --n) continue;
-    size_t length;
-    const char *text = alternative(&w->rng, line->at[1], &length);
-    put_text(w, line, text, length, out);
+  if (!holding) return;
+  n = rng_below(&w->rng, holding);
+  while (!holds(&w->fields, line->at[0]) || n--) line++;
+  const char *text = alternative(&w->rng, line->at[1], &n), *end = text + n;
+  while (n = strcspn(text, "{}"), text + n < end) {
+    buf_add(out, text, n);
+    text += n;
+    n = strcspn(text + 1, "{}");
+    if (*text == '}' || text[n + 1] != '}')
+      fail_at(line, "{ and } should stand in pairs");
+    put_name(w, line, text + 1, n, out);
+    text += n + 2;
   }
+  buf_add(out, text, (size_t)(end - text));
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
@@ -5118,24 +5111,12 @@ static void reflect_internally(const Pair *p, TbrExamples *e, size_t n,
   tbr_answers_free(prompt, n);
 }
 
-/* The reflection of row i in the style of an arm; `other` is the row whose
- * reflection it gets if they are shuffled. NULL if there is none. */
-static char *styled(const TbrExamples *e, size_t i, size_t other,
-                    const char *style) {
-  const TbrExample *row = &e->row[i];
-  return !strcmp(style, "filler") ? row->filler
-       : !strcmp(style, "label") ? row->label_only
-       : !strcmp(style, "reworded") ? row->reworded
-       : !strcmp(style, "shuffled") ? e->row[other].reflection
-                                    : row->reflection;
-}
-
 /* Adds the rows of one kind as sequences, and a line on what became of them
  * to the report. Bridging rows reflect, safety rows unless the arm says none,
  * others by the arm's share and where they ask for it. */
 static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
                      int kind, Buf *report) {
-  const char *path = o->file[kind];
+  const char *path = o->file[kind], *style = o->style;
   size_t most = o->use[kind];
   if (!*path || (kind >= BRIDGE && !most)) return;
   TbrExamples e = tbr_examples_read(path);
@@ -5148,7 +5129,7 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
   shuffle(order, e.n, &rng);
   other = mem_new(e.n, sizeof *other); /* whose reflection, if shuffled */
   for (size_t i = 0; i < e.n; i++) other[order[i]] = order[(i + 1) % e.n];
-  if (!strcmp(o->style, "internal") && share > 0)
+  if (!strcmp(style, "internal") && share > 0)
     reflect_internally(p, &e, n, o->seed);
   for (size_t i = 0; i < n; i++) {
     TbrExample row = e.row[i];
@@ -5156,11 +5137,16 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
     int noisy = rng_uniform(&rng) < o->noise;
     int asked = kind == BRIDGE || (kind == GENERAL && by_asked < o->asked);
     int reflect = (asked || by_share < share) && row.reflection;
-    row.reflection = noisy ? row.wrong : styled(&e, i, other[i], o->style);
+    const TbrExample *from = &e.row[strcmp(style, "shuffled") ? i : other[i]];
+    row.reflection = noisy ? row.wrong
+                   : !strcmp(style, "filler") ? row.filler
+                   : !strcmp(style, "label") ? row.label_only
+                   : !strcmp(style, "reworded") ? row.reworded
+                   : from->reflection;
     if (asked) row.prompt = row.asked;
     if (!row.prompt || (reflect && !row.reflection))
       tbr_fail("%s: example %zu has no `%s`, which this arm needs", path,
-               i + 1, !row.prompt ? "asked" : noisy ? "wrong" : o->style);
+               i + 1, !row.prompt ? "asked" : noisy ? "wrong" : style);
     int truth = row.label && !strcmp(row.label, "harmful") ? -1 : 1;
     int what = o->filter && reflect && verdict(row.reflection) != truth ? 3
              : tbr_example_sequence(s, p->tok, &row, reflect, context,
@@ -5553,12 +5539,6 @@ static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
   return o;
 }
 
-static void cell_free(const TbrOptions *o) {
-  for (size_t i = 0; i <= PROMPTS; i++) free((char *)o->file[i]);
-  free((char *)o->base), free((char *)o->text);
-  free((char *)o->out), free((char *)o->model);
-}
-
 /* Whether cell i belongs to a stage: 0, it is the first with a base that the
  * grid doesn't name; 1, it is trained; 2, it uses another's model. */
 static int in_stage(int stage, const Grid *g, const TbrOptions *cell,
@@ -5597,7 +5577,9 @@ void tbr_ablate(const TbrOptions *options) {
     char *text = read_file(own, &n);
     buf_add(&results, text, n);
     free(own), free(text);
-    cell_free(&cell[i]);
+    for (size_t k = 0; k <= PROMPTS; k++) free((char *)cell[i].file[k]);
+    free((char *)cell[i].base), free((char *)cell[i].text);
+    free((char *)cell[i].out), free((char *)cell[i].model);
   }
   write_file(path, results.s, results.n);
   o->argument = path, o->grid = options->argument;
