@@ -4843,13 +4843,13 @@ static const struct {
   {"rule", 'w', AT(rule), "xstest", "eja", "to judge by: xstest arditi"},
   {"seed", 'n', AT(seed), "0", "dptgeA", "of all that is random"},
   {"seeds", 'n', AT(seeds), "1", "A", "how many seeds, from --seed on"},
-  {"vocab", 'n', AT(vocab), "1536", "kab", "tokens in the vocabulary"},
-  {"dim", 'n', AT(dim), "96", "pab", "width of the model"},
-  {"layers", 'n', AT(layers), "3", "pab", "layers of the model"},
-  {"heads", 'n', AT(heads), "4", "pab", "heads of a layer"},
-  {"kv-heads", 'n', AT(kv_heads), "4", "pab", "key-value heads of a layer"},
-  {"hidden", 'n', AT(hidden), "256", "pab", "width of a layer's SwiGLU"},
-  {"context", 'n', AT(context), "256", "pab", "tokens of the longest sequence"},
+  {"vocab", 'n', AT(shape.vocab), "1536", "kab", "tokens in the vocabulary"},
+  {"dim", 'n', AT(shape.dim), "96", "pab", "width of the model"},
+  {"layers", 'n', AT(shape.layers), "3", "pab", "layers of the model"},
+  {"heads", 'n', AT(shape.heads), "4", "pab", "heads of a layer"},
+  {"kv-heads", 'n', AT(shape.kv_heads), "4", "pab", "of keys and values"},
+  {"hidden", 'n', AT(shape.hidden), "256", "pab", "width of a layer's SwiGLU"},
+  {"context", 'n', AT(shape.context), "256", "pab", "tokens of a sequence"},
   {"pretrain.steps", 'n', AT(pretrain.steps), "3000", "pab", "optimizer steps"},
   {"pretrain.batch", 'n', AT(pretrain.batch), "8", "pab", "windows a step"},
   {"pretrain.window", 'n', AT(window), "96", "pab", "tokens a window"},
@@ -5199,11 +5199,9 @@ void tbr_pretrain(const TbrOptions *o) {
     tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
   char *text = read_file(o->text, &n);
   TbrTokenizer *tok = tbr_tokenizer_load(o->tokenizer, 0);
-  TbrConfig c = {.vocab = tbr_tokenizer_vocab(tok), .dim = o->dim,
-                 .layers = o->layers, .heads = o->heads,
-                 .kv_heads = o->kv_heads, .hidden = o->hidden,
-                 .context = o->context, .tied = 1, .rope_theta = 10000,
-                 .norm_eps = 1e-5};
+  TbrConfig c = o->shape;
+  c.vocab = tbr_tokenizer_vocab(tok);
+  c.tied = 1, c.rope_theta = 10000, c.norm_eps = 1e-5;
   if (!c.heads || c.dim % c.heads)
     tbr_fail("a width of %zu cannot be divided among %zu heads", c.dim,
              c.heads);
@@ -5228,7 +5226,7 @@ void tbr_make_tokenizer(const TbrOptions *o) {
   size_t n;
   if (!*o->text) tbr_fail("--text names the text to learn from");
   char *text = read_file(o->text, &n);
-  TbrTokenizer *tok = tbr_tokenizer_train(text, n, o->vocab);
+  TbrTokenizer *tok = tbr_tokenizer_train(text, n, o->shape.vocab);
   make_directory(o->out);
   tbr_tokenizer_save(tok, o->out);
   tbr_tokenizer_free(tok);
@@ -5539,40 +5537,37 @@ static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
   return o;
 }
 
-/* Whether cell i belongs to a stage: 0, it is the first with a base that the
- * grid doesn't name; 1, it is trained; 2, it uses another's model. */
-static int in_stage(int stage, const Grid *g, const TbrOptions *cell,
-                    size_t i) {
-  if (stage) return (*cell[i].of != 0) == stage - 1;
-  for (size_t k = 0; k < i; k++)
-    if (!strcmp(cell[k].base, cell[i].base)) return 0;
-  return !*g->arm[i % g->arms].base;
-}
-
 void tbr_ablate(const TbrOptions *options) {
-  static const char *const stage[] = {"bases", "arms", "evaluations"};
   Grid g = grid_read(options->argument, options->given);
   TbrOptions *o = &g.shared;
   size_t cells = o->seeds * g.arms;
   if (!cells) tbr_fail("%s: seeds must be at least 1", options->argument);
   TbrOptions *cell = mem_new(cells, sizeof *cell);
   TbrOptions **job = mem_new(cells, sizeof *job);
+  size_t n = 0;
   Buf results = {0};
-  for (size_t i = 0; i < cells; i++)
-    cell[i] = cell_of(&g.arm[i % g.arms], o, o->seed + i / g.arms);
+  for (size_t i = 0; i < cells; i++) {
+    const TbrOptions *arm = &g.arm[i % g.arms];
+    int base = !*arm->base; /* which no other cell makes */
+    cell[i] = cell_of(arm, o, o->seed + i / g.arms);
+    for (size_t k = 0; k < n; k++)
+      base = base && strcmp(job[k]->base, cell[i].base);
+    if (base) job[n++] = &cell[i];
+  }
   for (size_t s = o->seed; *o->world && s < o->seed + o->seeds; s++) {
     char *data = format_string("%s/seed-%zu/data", o->out, s);
     tbr_world_make(o->world, s, &o->sizes, data);
     free(data);
   }
-  for (int k = 0; k < 3; k++) {
-    size_t n = 0;
+  run_jobs(cell_base, job, n, "bases");
+  for (int of = 0; of < 2; of++) { /* those that use others' models */
+    n = 0;
     for (size_t i = 0; i < cells; i++)
-      if (in_stage(k, &g, cell, i)) job[n++] = &cell[i];
-    run_jobs(k ? cell_run : cell_base, job, n, stage[k]);
+      if ((*cell[i].of != 0) == of) job[n++] = &cell[i];
+    run_jobs(cell_run, job, n, of ? "evaluations" : "arms");
   }
   char *path = path_in(o->out, "results.jsonl");
-  for (size_t i = 0, n; i < cells; i++) {
+  for (size_t i = 0; i < cells; i++) {
     char *own = path_in(cell[i].out, "results.jsonl");
     char *text = read_file(own, &n);
     buf_add(&results, text, n);

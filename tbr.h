@@ -369,9 +369,10 @@ typedef struct {
   size_t use[4];            /* how many rows of each */
   const char *const *given; /* the words of the command line, then NULL */
   TbrWorldSizes sizes;
-  size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
-  TbrTraining pretrain, train; /* what options say of them */
-  size_t window, rows, save_every, filter, think, limit, tokens, show, threads;
+  TbrConfig shape;             /* what options say of it, */
+  TbrTraining pretrain, train; /* and of these */
+  size_t seed, seeds, window, rows, save_every, filter, think, limit, tokens;
+  size_t show, threads;
   double share, asked, noise, temperature, top_p;
 } TbrOptions;
 
