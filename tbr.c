@@ -2149,7 +2149,7 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
  * ====================================================================== */
 
 /* Limits that honest worlds are far below. */
-enum { MOST_ROWS = 50000, MOST_NESTED = 64, MOST_EXPANDED = 10000 };
+enum { MOST_ROWS = 50000, MOST_EXPANDED = 2000 };
 
 /* A line of a file and the strings on it, words or cells. An item is one,
  * too: of each field the name and then the value, beginning with its kind. */
@@ -2204,7 +2204,7 @@ typedef struct {
   Rng rng;
   /* The item in hand: its fields, of_item strings, and then the fixes. */
   Row fields;
-  size_t of_item, expanded, nested;
+  size_t of_item, expanded;
 } World;
 
 /* ---- lookup ------------------------------------------------------------ */
@@ -2212,12 +2212,12 @@ typedef struct {
 /* Fails, with the place in the file. */
 TBR_PRINTF(2, 3)
 static void fail_at(const Row *at, const char *format, ...) {
-  char message[1024];
+  Buf message = {0};
   va_list args;
   va_start(args, format);
-  vsnprintf(message, sizeof message, format, args);
+  buf_vprintf(&message, format, args);
   va_end(args);
-  tbr_fail("%s:%zu: %s", at->path, at->line, message);
+  tbr_fail("%s:%zu: %s", at->path, at->line, message.s);
 }
 
 /* Whether s is the n bytes at word, where _ may stand for a blank. */
@@ -2292,21 +2292,30 @@ static void split(Row *r, char *text, char divider) {
   }
 }
 
-/* Reads a row of the last section; in a table, the first cell with ; in it
- * makes a row for each of its parts, and then the next such cell does. */
+/* Takes the next line from *text, but for empty ones and comments, without
+ * blanks at its ends; NULL if there is none. Counts it in the place. */
+static char *take_line(Row *at, char **text) {
+  for (char *line; (line = *text) != NULL;) {
+    if ((*text = strchr(line, '\n')) != NULL) *(*text)++ = 0;
+    at->line++;
+    line = trim(line);
+    if (*line && *line != '#') return line;
+  }
+  return NULL;
+}
+
+/* Reads a row of the last section; in a table, one for each pairing of the
+ * parts that ; divides its cells into. */
 static void read_row(World *w, Row at, const char *text) {
   Section *s = &w->section[w->n - 1];
-  const char *part = s->is == TABLE ? strchr(text, ';') : NULL;
-  if (part) {
-    while (part > text && part[-1] != '|') part--;
-    const char *cell = part, *rest = part + strcspn(part, "|");
-    for (size_t n; part <= rest; part += n + 1) {
-      n = strcspn(part, ";|");
-      char *one = format_string("%.*s%.*s%s", (int)(cell - text), text,
-                                (int)n, part, rest);
-      read_row(w, at, one);
-      free(one);
-    }
+  const char *end = s->is == TABLE ? strchr(text, ';') : NULL, *cell = end;
+  if (end) { /* a row with the part before it, and those with what follows */
+    while (cell > text && cell[-1] != '|') cell--;
+    char *one = format_string("%.*s%s", (int)(end - text), text,
+                              end + strcspn(end, "|"));
+    char *rest = format_string("%.*s%s", (int)(cell - text), text, end + 1);
+    read_row(w, at, one), read_row(w, at, rest);
+    free(one), free(rest);
     return;
   }
   at.text = copy_string(text);
@@ -2346,20 +2355,13 @@ static void read_statement(World *w, Row at, char *text) {
 /* Reads one of the two files. */
 static void read_world_file(World *w, const char *path) {
   size_t n;
-  char *text = read_file(path, &n), *next = text;
+  char *text = read_file(path, &n), *next = text, *line;
   Row at = {.path = path};
   if (strlen(text) != n) tbr_fail("%s: has a zero byte in it", path);
-  while (next) {
-    char *line = next;
-    next = strchr(line, '\n');
-    if (next) *next++ = 0;
-    at.line++;
-    line = trim(line);
-    if (!*line || *line == '#') continue;
+  while ((line = take_line(&at, &next)) != NULL)
     if (*line == '@') read_statement(w, at, line);
     else if (w->n && w->section[w->n - 1].is < ITEM) read_row(w, at, line);
     else fail_at(&at, "a row outside of @table, @say, @mix and @rule");
-  }
   free(text);
 }
 
@@ -2373,9 +2375,10 @@ static size_t weight(const Row *r, const char *s) {
   return strtoul(s, NULL, 10);
 }
 
-/* Lays every row of a kind's tables from number t on over the fields of r
- * that agree with them, and adds what comes out as items. */
-static void join(World *w, const Row *kind, size_t t, Row *r) {
+/* Lays every row of a kind's tables from number t on over the fields in hand
+ * that agree with it, and adds what comes out as items. */
+static void join(World *w, const Row *kind, size_t t) {
+  Row *r = &w->fields;
   if (t == kind->n) {
     const char *harm = field(r, "harm", 4), *type = field(r, "type", 4);
     if (!harm || !type || !*type || (strcmp(harm, "0") && strcmp(harm, "1")))
@@ -2400,7 +2403,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
       if (have && strcmp(have, row->at[c])) break;
       if (!have) row_add(r, name), row_add(r, row->at[c]);
     }
-    if (c == row->n) join(w, kind, t + 1, r);
+    if (c == row->n) join(w, kind, t + 1);
     r->n = n;
   }
 }
@@ -2411,7 +2414,7 @@ static void join(World *w, const Row *kind, size_t t, Row *r) {
 static void item_clear(World *w) {
   for (size_t i = w->of_item + 1; i < w->fields.n; i += 2)
     free((char *)w->fields.at[i]);
-  w->fields.n = w->of_item = w->expanded = w->nested = 0;
+  w->fields.n = w->of_item = w->expanded = 0;
 }
 
 /* Draws one of the alternatives that " / " divides; *n becomes its length. */
@@ -2424,16 +2427,6 @@ static const char *alternative(Rng *rng, const char *text, size_t *n) {
   *n = end ? (size_t)(end - text) : strlen(text);
   if (*n == 1 && *text == '-') *n = 0;
   return text;
-}
-
-/* A cell of the named TABLE.COLUMN, of any row; NULL if there is none. */
-static const char *any_cell(World *w, const char *name, size_t n) {
-  size_t dot = strcspn(name, ".}");
-  const Section *t = find(w, TABLE, name, dot);
-  for (size_t c = 2; t && t->n && dot < n && c < t->head.n; c++)
-    if (is_name(t->head.at[c], name + dot + 1, n - dot - 1))
-      return t->row[rng_below(&w->rng, t->n)].at[c - 2];
-  return NULL;
 }
 
 static void put_say(World *w, Section *say, Buf *out);
@@ -2449,7 +2442,11 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
     put_say(w, say, out);
     return;
   }
-  if (!v) v = any_cell(w, name, n);
+  size_t dot = strcspn(name, ".}");
+  const Section *t = dot < n ? find(w, TABLE, name, dot) : NULL;
+  for (size_t c = 2; !v && t && t->n && c < t->head.n; c++)
+    if (is_name(t->head.at[c], name + dot + 1, n - dot - 1))
+      v = t->row[rng_below(&w->rng, t->n)].at[c - 2];
   if (!v)
     fail_at(line, "{%.*s} is no column that an item of kind %s has, no "
             "TABLE.COLUMN, and no @say without an article", (int)n, name,
@@ -2460,11 +2457,22 @@ static void put_name(World *w, const Row *line, const char *name, size_t n,
   buf_add(out, v, n);
 }
 
-/* Adds n bytes of a line's text, with its {names} replaced. */
-static void put_text(World *w, const Row *line, const char *text, size_t n,
-                     Buf *out) {
-  const char *end = text + n;
-  while (n = strcspn(text, "{}"), n < (size_t)(end - text)) {
+/* Adds the expansion of a say: of a line whose guard holds, if there is one,
+ * the text with its {names} replaced. */
+static void put_say(World *w, Section *say, Buf *out) {
+  Row *line = say->row;
+  size_t n, holding = 0;
+  if (++w->expanded > MOST_EXPANDED)
+    fail_at(&say->head, "@say %s contains itself, or says stand too deep in "
+            "one another", say->head.at[1]);
+  say->head.used = 1;
+  for (size_t l = 0; l < say->n; l++)
+    if (holds(&w->fields, line[l].at[0])) line[l].used = 1, holding++;
+  if (!holding) return;
+  n = rng_below(&w->rng, holding);
+  while (!holds(&w->fields, line->at[0]) || n--) line++;
+  const char *text = alternative(&w->rng, line->at[1], &n), *end = text + n;
+  while (n = strcspn(text, "{}"), text + n < end) {
     buf_add(out, text, n);
     text += n;
     n = strcspn(text + 1, "{}");
@@ -2474,25 +2482,6 @@ static void put_text(World *w, const Row *line, const char *text, size_t n,
     text += n + 2;
   }
   buf_add(out, text, (size_t)(end - text));
-}
-
-/* Adds the expansion of a say, nothing if no guard holds. */
-static void put_say(World *w, Section *say, Buf *out) {
-  Row *line = say->row;
-  size_t n, holding = 0;
-  if (++w->expanded > MOST_EXPANDED || ++w->nested > MOST_NESTED)
-    fail_at(&say->head, "@say %s contains itself, or says stand too deep in "
-            "one another", say->head.at[1]);
-  say->head.used = 1;
-  for (size_t l = 0; l < say->n; l++)
-    if (holds(&w->fields, line[l].at[0])) line[l].used = 1, holding++;
-  for (n = holding ? rng_below(&w->rng, holding) + 1 : 0; n; line++) {
-    if (!holds(&w->fields, line->at[0]) || --n) continue;
-    size_t length;
-    const char *text = alternative(&w->rng, line->at[1], &length);
-    put_text(w, line, text, length, out);
-  }
-  w->nested--;
 }
 
 /* Makes a text ready to be read, in place: single blanks, none before a
@@ -2515,9 +2504,9 @@ static void tidy(char *s) {
  * one that is a fix stays what it was. NULL if the world may do without it,
  * and does. */
 static char *render(World *w, const char *name, int may) {
-  if (may && !find(w, SAY, name, strlen(name))) return NULL;
-  Section *say = needed(w, SAY, name);
+  Section *say = may ? find(w, SAY, name, strlen(name)) : needed(w, SAY, name);
   Buf b = {0};
+  if (!say) return NULL;
   buf_str(&b, "");
   put_name(w, &say->head, name, strlen(name), &b);
   tidy(b.s);
@@ -2548,7 +2537,7 @@ static void use_item(World *w, size_t item) {
 
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. */
-static TbrExample make_row(World *w, size_t item, int test) {
+static TbrExample make_row(World *w, size_t item, size_t test) {
   TbrExample e = {0};
   use_item(w, item);
   e.label = copy_string(field(&w->fields, "=label", 6));
@@ -2621,7 +2610,7 @@ static World *world_load(const char *directory) {
     row_add(&w->fields, "kind");
     row_add(&w->fields, s->head.at[1]);
     w->of_item = 2;
-    join(w, &s->head, 4, &w->fields);
+    join(w, &s->head, 4);
     s->items = w->items.n - s->first;
     if (!s->items || !s->weight)
       fail_at(&s->head, "no rows of these tables fit to one another, or the "
@@ -2655,21 +2644,21 @@ static uint64_t combination(const World *w, const Row *rule, size_t item) {
 
 /* Gives the share of combinations that a line of a rule draws a mark. */
 static void apply_rule(World *w, const Row *rule, unsigned char mark) {
-  uint64_t *key = mem_raw(w->items.n, sizeof *key);
-  size_t *first = mem_raw(w->items.n, sizeof *first); /* of a combination */
-  size_t *order = mem_raw(w->items.n, sizeof *order), n = 0, k;
+  size_t *number = mem_new(w->items.n, sizeof *number); /* 0: has none */
+  size_t *order = mem_raw(w->items.n, sizeof *order), n = 0;
+  Map seen = {0};
   for (size_t i = 0; i < w->items.n; i++) {
-    key[i] = combination(w, rule, i);
-    for (k = 0; k < n && key[first[k]] != key[i];) k++;
-    if (key[i] && k == n) first[n++] = i;
+    uint64_t key = combination(w, rule, i);
+    if (key && !map_get(&seen, key)) *map_put(&seen, key) = ++n;
+    if (key) number[i] = (size_t)map_get(&seen, key);
   }
   if (!n) fail_at(rule, "this guard holds for no item");
   shuffle(order, n, &w->rng);
   size_t share = (n * weight(rule, rule->at[0]) + 50) / 100;
-  for (k = 0; k < share; k++)
+  for (size_t k = 0; k < share; k++)
     for (size_t i = 0; i < w->items.n; i++)
-      if (key[i] == key[first[order[k]]]) w->mark[i] |= mark;
-  free(order), free(first), free(key);
+      if (number[i] == order[k] + 1) w->mark[i] |= mark;
+  free(number), free(order), free(seen.slot);
 }
 
 /* Draws what is novel and what is held. */
@@ -2772,7 +2761,7 @@ static void check_leaks(const World *w, size_t item, const TbrExample *e,
  * what is held. Tests, and what else is only tested, take the lines of the mix
  * in turn. */
 static void make_rows(World *w, const char *name, const char *class, size_t n,
-                      int test, TbrExamples *rows) {
+                      size_t test, TbrExamples *rows) {
   int pseudo = !strcmp(class, "pseudo-harmful"), held = pseudo ? 0 : IS_HELD;
   Draw d = mix_open(w, name, test ? held | TUNED : held, test ? held : 0);
   size_t end = rows->n + n, i;
@@ -2819,12 +2808,13 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   size_t ordinary = w->documents.n;
   if (find(w, MIX, "ignorant", 8))
     make_documents(w, "ignorant", sizes->documents);
-  for (size_t p = 0; p < PARTS; p++)
-    if (part[p].rows && (p != 2 || find(w, MIX, "bridge", 6)))
-      make_rows(w, part[p].mix, part[p].class, part[p].rows, 0, &rows[p]);
-  for (size_t p = 0; p < PARTS; p++)
-    if (part[p].tests)
-      make_rows(w, part[p].mix, part[p].class, part[p].tests, 1, &rows[PARTS]);
+  for (size_t k = 0; k < 2 * PARTS; k++) {
+    size_t p = k % PARTS, test = k / PARTS;
+    size_t n = test ? part[p].tests : part[p].rows;
+    TbrExamples *to = &rows[test ? PARTS : p];
+    if (n && (p != 2 || find(w, MIX, "bridge", 6)))
+      make_rows(w, part[p].mix, part[p].class, n, test, to);
+  }
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
   if (w->documents.n > ordinary)
@@ -4621,193 +4611,203 @@ size_t tbr_evaluate(const TbrModel *m, const TbrTokenizer *tok,
 
 /* ---- options: one table for grids and for the command line ------------- */
 
-static const TbrOptions default_options = {
-    .world = "data", .out = "out", .base = "", .model = "", .tokenizer = "",
-    .general = "", .safety = "", .bridge = "", .pseudo = "", .prompts = "",
-    .text = "", .prompt = "", .in = "", .form = "native", .rule = "xstest",
-    .reflection = "safety", .style = "own", .too_long = "drop", .arm = "",
-    .mix = "pretrain", .of = "", .by = "model", .baseline = "sft", .grid = "",
-    .file = "",
-    .sizes = {66000, 600, 1000, 100, 20, 400, 180, 150}, .seeds = 1,
-    .vocab = 1536, .dim = 96, .layers = 3, .heads = 4, .kv_heads = 4,
-    .hidden = 256, .context = 256, .pretrain_steps = 3000,
-    .pretrain_batch = 8, .pretrain_window = 96, .pretrain_warmup = 50,
-    .steps = 400, .batch = 16, .warmup = 10, .rows = 4096, .save_every = 500,
-    .tokens = 160, .show = 3, .pretrain_lr = 4e-3, .pretrain_decay = 0.05,
-    .lr = 5e-4, .top_p = 1};
-
-#define FIELD(name) offsetof(TbrOptions, name)
-/* kind: s text, n whole number, d number; verbs: the letters (see chapter 13)
- * of those that take it; in a grid, a is for one arm or for all, A only for
- * all, and a base model depends on what has b. */
+/* kind: s text, w one of the words that end its help, n whole number, d
+ * number, p share; verbs: the letters (see chapter 13) of those that take it;
+ * in a grid, a is for one arm or for all, A only for all, and a base model
+ * depends on what has b. */
+enum { GENERAL, SAFETY, BRIDGE, PSEUDO, PROMPTS }; /* kinds of examples */
+#define AT(field) offsetof(TbrOptions, field)
 static const struct {
   const char *name;
   char kind;
   size_t at;
-  const char *verbs, *help;
+  const char *otherwise, *verbs, *help;
 } option[] = {
-    {"world", 's', FIELD(world), "dA", "directory of the world's files"},
-    {"documents", 'n', FIELD(sizes.documents), "dA", "to make for pretraining"},
-    {"make.general", 'n', FIELD(sizes.general), "dA", "general rows to make"},
-    {"make.safety", 'n', FIELD(sizes.safety), "dA", "safety rows to make"},
-    {"make.pseudo", 'n', FIELD(sizes.pseudo), "dA", "pseudo-harmful rows"},
-    {"make.bridge", 'n', FIELD(sizes.bridge), "dA", "bridging rows to make"},
-    {"test.pseudo", 'n', FIELD(sizes.eval_pseudo), "dA", "tests of each kind:"},
-    {"test.harmful", 'n', FIELD(sizes.eval_harmful), "dA", "harmful ones"},
-    {"test.general", 'n', FIELD(sizes.eval_general), "dA", "ordinary ones"},
-    {"in", 's', FIELD(in), "d", "examples to convert; none: make the world's"},
-    {"form", 's', FIELD(form), "d", "to convert to: native or messages"},
-    {"model", 's', FIELD(model), "sge", "a model directory, or a .bin file"},
-    {"base", 's', FIELD(base), "tma", "the model to begin with"},
-    {"tokenizer", 's', FIELD(tokenizer), "sptgema", "if not beside the model"},
-    {"text", 's', FIELD(text), "kp", "text, a document a line"},
-    {"mix", 's', FIELD(mix), "ab", "pretrain on this @mix of the world"},
-    {"general", 's', FIELD(general), "ta", "file of general examples"},
-    {"safety", 's', FIELD(safety), "ta", "file of harmful ones, or none"},
-    {"bridge", 's', FIELD(bridge), "ta", "harmful ones that ask to think"},
-    {"pseudo", 's', FIELD(pseudo), "ta", "file of pseudo-harmful ones"},
-    {"prompts", 's', FIELD(prompts), "ea", "file of prompts to answer"},
-    {"prompt", 's', FIELD(prompt), "g", "the text to answer or to go on from"},
-    {"out", 's', FIELD(out), "dkptemAr", "directory, or file, to write"},
-    {"arm", 's', FIELD(arm), "e", "the arm's name in the results"},
-    {"of", 's', FIELD(of), "a", "the arm whose model answers, untrained"},
-    {"by", 's', FIELD(by), "a", "who answers: model, or a rule of form"},
-    {"baseline", 's', FIELD(baseline), "Ar", "the arm to compare with"},
-    {"grid", 's', FIELD(grid), "r", "grid file whose claims are to be decided"},
-    {"rule", 's', FIELD(rule), "eja", "to judge by: xstest or arditi"},
-    {"seed", 'n', FIELD(seed), "dptgeA", "of all that is random"},
-    {"seeds", 'n', FIELD(seeds), "A", "how many seeds, from --seed on"},
-    {"vocab", 'n', FIELD(vocab), "kab", "tokens in the vocabulary"},
-    {"dim", 'n', FIELD(dim), "pab", "width of the model"},
-    {"layers", 'n', FIELD(layers), "pab", "layers of the model"},
-    {"heads", 'n', FIELD(heads), "pab", "heads of a layer"},
-    {"kv-heads", 'n', FIELD(kv_heads), "pab", "key-value heads of a layer"},
-    {"hidden", 'n', FIELD(hidden), "pab", "width of a layer's SwiGLU"},
-    {"context", 'n', FIELD(context), "pab", "tokens of the longest sequence"},
-    {"pretrain.steps", 'n', FIELD(pretrain_steps), "pab", "optimizer steps"},
-    {"pretrain.batch", 'n', FIELD(pretrain_batch), "pab", "windows a step"},
-    {"pretrain.window", 'n', FIELD(pretrain_window), "pab", "tokens a window"},
-    {"pretrain.warmup", 'n', FIELD(pretrain_warmup), "pab", "warm-up steps"},
-    {"pretrain.lr", 'd', FIELD(pretrain_lr), "pab", "peak learning rate"},
-    {"pretrain.decay", 'd', FIELD(pretrain_decay), "pab", "weight decay"},
-    {"train.steps", 'n', FIELD(steps), "ta", "optimizer steps"},
-    {"train.batch", 'n', FIELD(batch), "ta", "examples a step"},
-    {"train.warmup", 'n', FIELD(warmup), "ta", "warm-up steps"},
-    {"train.lr", 'd', FIELD(lr), "ta", "peak learning rate"},
-    {"train.decay", 'd', FIELD(decay), "ta", "weight decay"},
-    {"reflection", 's', FIELD(reflection), "sta", "on none, safety or all"},
-    {"share", 'd', FIELD(share), "ta", "and on this share of general ones"},
-    {"style", 's', FIELD(style), "ta", "own reworded internal filler "
-                                       "shuffled label"},
-    {"noise", 'd', FIELD(noise), "ta", "share of wrong verdicts"},
-    {"filter", 'n', FIELD(filter), "ta", "1: drop rows whose verdict is wrong"},
-    {"asked", 'd', FIELD(asked), "ta", "share of general ones asked to think"},
-    {"general-rows", 'n', FIELD(general_rows), "ta", "the first N; 0: all"},
-    {"safety-rows", 'n', FIELD(safety_rows), "ta", "the first N; 0: all"},
-    {"bridge-rows", 'n', FIELD(bridge_rows), "ta", "the first N; 0: none"},
-    {"pseudo-rows", 'n', FIELD(pseudo_rows), "ta", "the first N; 0: none"},
-    {"too-long", 's', FIELD(too_long), "ta", "rows too long: drop or cut"},
-    {"rows", 'n', FIELD(rows), "ptab", "tokens at a time"},
-    {"save-every", 'n', FIELD(save_every), "ptA", "steps between checkpoints"},
-    {"limit", 'n', FIELD(limit), "ea", "only N prompts, evenly spaced; 0: all"},
-    {"think", 'n', FIELD(think), "ea", "1: prompts ask to think first"},
-    {"tokens", 'n', FIELD(tokens), "gea", "new tokens at most"},
-    {"temperature", 'd', FIELD(temperature), "gea", "0: the likeliest token"},
-    {"top-p", 'd', FIELD(top_p), "gea", "share of the mass to draw from"},
-    {"show", 'n', FIELD(show), "ds", "print so many of each kind"},
-    {"threads", 'n', FIELD(threads), "xdsktpgejArim", "0: all cores; no result "
-                                                      "depends on it"}};
-
+  {"world", 's', AT(world), "data", "dA", "directory of the world's files"},
+  {"documents", 'n', AT(sizes.documents), "66000", "dA", "for pretraining"},
+  {"make.general", 'n', AT(sizes.general), "600", "dA", "general rows to make"},
+  {"make.safety", 'n', AT(sizes.safety), "1000", "dA", "safety rows to make"},
+  {"make.pseudo", 'n', AT(sizes.pseudo), "100", "dA", "pseudo-harmful rows"},
+  {"make.bridge", 'n', AT(sizes.bridge), "20", "dA", "bridging rows to make"},
+  {"test.pseudo", 'n', AT(sizes.eval_pseudo), "400", "dA", "tests of each:"},
+  {"test.harmful", 'n', AT(sizes.eval_harmful), "180", "dA", "harmful ones"},
+  {"test.general", 'n', AT(sizes.eval_general), "150", "dA", "ordinary ones"},
+  {"in", 's', AT(in), "", "d", "examples to convert; none: make the world's"},
+  {"form", 'w', AT(form), "native", "d", "to convert to: native messages"},
+  {"model", 's', AT(model), "", "sge", "a model directory, or a .bin file"},
+  {"base", 's', AT(base), "", "tma", "the model to begin with"},
+  {"tokenizer", 's', AT(tokenizer), "", "sptgema", "if not beside the model"},
+  {"text", 's', AT(text), "", "kp", "text, a document a line"},
+  {"mix", 's', AT(mix), "pretrain", "ab", "pretrain on this @mix of the world"},
+  {"general", 's', AT(file[GENERAL]), "", "ta", "file of general examples"},
+  {"safety", 's', AT(file[SAFETY]), "", "ta", "file of harmful ones, or none"},
+  {"bridge", 's', AT(file[BRIDGE]), "", "ta", "harmful ones that ask to think"},
+  {"pseudo", 's', AT(file[PSEUDO]), "", "ta", "file of pseudo-harmful ones"},
+  {"prompts", 's', AT(file[PROMPTS]), "", "ea", "file of prompts to answer"},
+  {"prompt", 's', AT(prompt), "", "g", "the text to answer or to go on from"},
+  {"out", 's', AT(out), "out", "dkptemAr", "directory, or file, to write"},
+  {"arm", 's', AT(arm), "", "e", "the arm's name in the results"},
+  {"of", 's', AT(of), "", "a", "the arm whose model answers, untrained"},
+  {"by", 'w', AT(by), "model", "a", "who answers: model form"},
+  {"baseline", 's', AT(baseline), "sft", "Ar", "the arm to compare with"},
+  {"grid", 's', AT(grid), "", "r", "grid file whose claims are to be decided"},
+  {"rule", 'w', AT(rule), "xstest", "eja", "to judge by: xstest arditi"},
+  {"seed", 'n', AT(seed), "0", "dptgeA", "of all that is random"},
+  {"seeds", 'n', AT(seeds), "1", "A", "how many seeds, from --seed on"},
+  {"vocab", 'n', AT(shape.vocab), "1536", "kab", "tokens in the vocabulary"},
+  {"dim", 'n', AT(shape.dim), "96", "pab", "width of the model"},
+  {"layers", 'n', AT(shape.layers), "3", "pab", "layers of the model"},
+  {"heads", 'n', AT(shape.heads), "4", "pab", "heads of a layer"},
+  {"kv-heads", 'n', AT(shape.kv_heads), "4", "pab", "of keys and values"},
+  {"hidden", 'n', AT(shape.hidden), "256", "pab", "width of a layer's SwiGLU"},
+  {"context", 'n', AT(shape.context), "256", "pab", "tokens of a sequence"},
+  {"pretrain.steps", 'n', AT(pretrain.steps), "3000", "pab", "optimizer steps"},
+  {"pretrain.batch", 'n', AT(pretrain.batch), "8", "pab", "windows a step"},
+  {"pretrain.window", 'n', AT(window), "96", "pab", "tokens a window"},
+  {"pretrain.warmup", 'n', AT(pretrain.warmup), "50", "pab", "warm-up steps"},
+  {"pretrain.lr", 'd', AT(pretrain.lr), "0.004", "pab", "peak learning rate"},
+  {"pretrain.decay", 'd', AT(pretrain.decay), "0.05", "pab", "weight decay"},
+  {"train.steps", 'n', AT(train.steps), "400", "ta", "optimizer steps"},
+  {"train.batch", 'n', AT(train.batch), "16", "ta", "examples a step"},
+  {"train.warmup", 'n', AT(train.warmup), "10", "ta", "warm-up steps"},
+  {"train.lr", 'd', AT(train.lr), "0.0005", "ta", "peak learning rate"},
+  {"train.decay", 'd', AT(train.decay), "0", "ta", "weight decay"},
+  {"reflection", 'w', AT(reflection), "safety", "sta", "on: none safety all"},
+  {"share", 'p', AT(share), "0", "ta", "and on this share of general ones"},
+  {"style", 'w', AT(style), "own",
+   "ta", "of reflections: own reworded internal filler shuffled label"},
+  {"noise", 'p', AT(noise), "0", "ta", "share of wrong verdicts"},
+  {"filter", 'n', AT(filter), "0", "ta", "1: drop rows whose verdict is wrong"},
+  {"asked", 'p', AT(asked), "0", "ta", "share of general ones asked to think"},
+  {"general-rows", 'n', AT(use[GENERAL]), "0", "ta", "the first N; 0: all"},
+  {"safety-rows", 'n', AT(use[SAFETY]), "0", "ta", "the first N; 0: all"},
+  {"bridge-rows", 'n', AT(use[BRIDGE]), "0", "ta", "the first N; 0: none"},
+  {"pseudo-rows", 'n', AT(use[PSEUDO]), "0", "ta", "the first N; 0: none"},
+  {"too-long", 'w', AT(too_long), "drop", "ta", "rows too long: drop cut"},
+  {"rows", 'n', AT(rows), "4096", "ptab", "tokens at a time"},
+  {"save-every", 'n', AT(save_every), "500", "ptA", "steps a checkpoint"},
+  {"limit", 'n', AT(limit), "0", "ea", "only N prompts, evenly spaced; 0: all"},
+  {"think", 'n', AT(think), "0", "ea", "1: prompts ask to think first"},
+  {"tokens", 'n', AT(tokens), "160", "gea", "new tokens at most"},
+  {"temperature", 'd', AT(temperature), "0", "gea", "0: the likeliest token"},
+  {"top-p", 'p', AT(top_p), "1", "gea", "share of the mass to draw from"},
+  {"show", 'n', AT(show), "3", "ds", "print so many of each kind"},
+  {"threads", 'n', AT(threads), "0", "xdsktpgejArim", "0: all cores"}};
 enum { OPTIONS = sizeof option / sizeof *option };
 
 /* Sets one option from text; where says where that text stands. */
 static void option_set(TbrOptions *o, size_t which, const char *value,
                        const char *where) {
-  char *end, *at = (char *)o + option[which].at;
-  if (option[which].kind == 's') {
+  char kind = option[which].kind, *end, *at = (char *)o + option[which].at;
+  double x = strtod(value, &end), most = kind == 'p' ? 1 : 1e9;
+  if (kind == 'w') {
+    const char *words = strchr(option[which].help, ':') + 1;
+    char *known = format_string("%s ", words);
+    char *word = format_string(" %s ", value);
+    if (!strstr(known, word) || strchr(value, ' '))
+      tbr_fail("%s cannot be \"%s\"; it is one of:%s", where, value, words);
+    free(known), free(word);
+  }
+  if (kind == 's' || kind == 'w') {
     memcpy(at, &value, sizeof value);
     return;
   }
-  double x = strtod(value, &end);
-  if (end == value || *end || !(x >= 0 && x <= 1e9))
-    tbr_fail("%s: \"%s\" is no number from 0 to 1e9", where, value);
+  if (end == value || *end || !(x >= 0 && x <= most))
+    tbr_fail("%s: \"%s\" is no number from 0 to %g", where, value, most);
   size_t n = (size_t)x;
-  if (option[which].kind == 'd') memcpy(at, &x, sizeof x);
+  if (kind != 'n') memcpy(at, &x, sizeof x);
   else if ((double)n == x) memcpy(at, &n, sizeof n);
   else tbr_fail("%s: \"%s\" is no whole number", where, value);
 }
 
-/* The option that `name` says, in full or without "VERB.", among those of a
- * verb, which have one of its letters; OPTIONS if there is none. */
-static size_t option_find(const char *name, const char *verb,
-                          const char *letters) {
-  for (size_t i = 0; i < OPTIONS; i++) {
-    const char *full = option[i].name;
-    size_t v = strlen(verb);
-    if (!strpbrk(option[i].verbs, letters)) continue;
-    if (!strcmp(full, name)) return i;
-    if (!strncmp(full, verb, v) && full[v] == '.' &&
-        !strcmp(full + v + 1, name))
-      return i;
-  }
-  return OPTIONS;
+static TbrOptions options_default(void) {
+  TbrOptions o = {.argument = ""};
+  for (size_t i = 0; i < OPTIONS; i++)
+    option_set(&o, i, option[i].otherwise, option[i].name);
+  return o;
 }
 
-/* Fails if a word or a share among the options is none that is known. */
-static void options_check(const TbrOptions *o) {
-  const char *const word[][3] = {
-      {"reflection", o->reflection, " none safety all "},
-      {"style", o->style, " own reworded internal filler shuffled label "},
-      {"too-long", o->too_long, " drop cut "},
-      {"rule", o->rule, " xstest arditi "},
-      {"by", o->by, " model form "},
-      {"form", o->form, " native messages "}};
-  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
-    char *padded = format_string(" %s ", word[i][1]);
-    if (!strstr(word[i][2], padded) || strchr(word[i][1], ' '))
-      tbr_fail("--%s cannot be \"%s\"; it is one of:%s", word[i][0], word[i][1],
-               word[i][2]);
-    free(padded);
-  }
-  if (o->share > 1 || o->top_p > 1 || o->asked > 1 || o->noise > 1)
-    tbr_fail("--share, --asked, --noise and --top-p are shares: from 0 to 1");
+/* The name of an option as a verb takes it: without "VERB." before it. */
+static const char *option_name(size_t which, const char *verb) {
+  const char *name = option[which].name;
+  size_t n = strlen(verb);
+  return !strncmp(name, verb, n) && name[n] == '.' ? name + n + 1 : name;
+}
+
+/* The option of that name, in full or as the verb takes it, among those that
+ * have one of its letters; OPTIONS if there is none. */
+static size_t option_find(const char *name, const char *verb,
+                          const char *letters) {
+  size_t i = 0;
+  while (i < OPTIONS && (!strpbrk(option[i].verbs, letters) ||
+                         (strcmp(name, option[i].name) &&
+                          strcmp(name, option_name(i, verb)))))
+    i++;
+  return i;
 }
 
 /* ---- grids ------------------------------------------------------------- */
 
-/* What is claimed of the arms, and the rule that decides it: conditions like
- * "FR sft - tbr > 0", divided by &. */
-typedef struct { char *name, *text, *rule; } Claim;
+/* The rates: their letters in claims, the table that they are in, and what of
+ * which prompts is counted. */
+static const struct {
+  const char *code;
+  int table;
+  const char *title, *label;
+  size_t count;
+} rate_column[] = {
+    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
+    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
+    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
+    {"GE", 0, "general exact", "harmless", TBR_EXACT},
+    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
+    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
+     TBR_AGAINST_ITSELF},
+    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
+    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
+    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
+
+enum { RATES = sizeof rate_column / sizeof *rate_column };
+
+/* A condition of a claim: the sum of one rate of some arms, each times its
+ * factor, is above or below a bound. */
+enum { MOST_TERMS = 16 };
+typedef struct { double factor; const char *arm; } Term;
+typedef struct {
+  size_t rate, terms;
+  Term term[MOST_TERMS];
+  double bound;
+  int above;
+} Condition;
 
 /* A grid file: lines `option = value` that hold for all arms, then lines
- * `arm NAME option=value ...` and `claim NAME | TEXT | RULE`. The text must
- * live as long as the grid. */
+ * `arm NAME option=value ...` and `claim NAME | TEXT | RULE`. */
 typedef struct {
-  char *text;
+  char *text; /* which the strings point into */
   TbrOptions shared, *arm;
-  Claim *claim;
-  size_t arms, cap, claims, claim_cap;
+  size_t arms, cap;
+  Row claims;
 } Grid;
 
-static void condition_check(const char *rule, const Grid *g, const char *where);
+static void claim_decide(Buf *b, const TbrResults *r, const Grid *g,
+                         const char *claim, const Row *at);
 
 /* Sets the option in "name = value", divided in place, or fails. */
 static void grid_set(TbrOptions *o, char *text, const char *letters,
-                     const char *where) {
-  char *equals = strchr(text, '=');
-  if (!equals)
-    tbr_fail("%s: \"%s\" should be option=value", where, text);
-  *equals = 0;
+                     const Row *at) {
+  char *value = strchr(text, '=');
+  if (!value) fail_at(at, "\"%s\" should be option=value", text);
+  *value++ = 0;
   text = trim(text);
-  size_t which = option_find(text, "ablate", letters);
-  if (which == OPTIONS && option_find(text, "ablate", "A") < OPTIONS)
-    tbr_fail("%s: %s holds for all arms; it should stand before the first",
-             where, text);
+  size_t which = option_find(text, "ablate", "aA");
   if (which == OPTIONS)
-    tbr_fail("%s: there is no option \"%s\"; `tbr help ablate` lists them",
-             where, text);
-  char *place = format_string("%s: %s", where, text);
-  option_set(o, which, trim(equals + 1), place);
+    fail_at(at, "there is no option \"%s\"; `tbr help ablate` lists them",
+            text);
+  if (!strpbrk(option[which].verbs, letters))
+    fail_at(at, "%s holds for all arms; it should stand before the first",
+            text);
+  char *place = format_string("%s:%zu: --%s", at->path, at->line, text);
+  option_set(o, which, trim(value), place);
   free(place);
 }
 
@@ -4819,66 +4819,48 @@ static const TbrOptions *grid_find(const Grid *g, const char *name) {
 }
 
 /* One line `arm NAME option=value ...`, divided in place. */
-static void grid_arm(Grid *g, char *line, const char *where) {
+static void grid_arm(Grid *g, char *line, const Row *at) {
   char *word = strtok(line, " \t");
   TbrOptions o = g->shared;
   o.arm = word;
   if (!word || strpbrk(word, "=/") || strlen(word) > 40 || *word == '.' ||
       !strcmp(word, "data") || !strncmp(word, "base", 4))
-    tbr_fail("%s: an arm needs a name (not data, nor base...): `arm NAME "
-             "option=value ...`", where);
-  if (grid_find(g, word))
-    tbr_fail("%s: there is an arm \"%s\" already", where, word);
-  while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", where);
-  options_check(&o);
+    fail_at(at, "an arm needs a name (not data, nor base...): `arm NAME "
+            "option=value ...`");
+  if (grid_find(g, word)) fail_at(at, "there is an arm \"%s\" already", word);
+  while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", at);
   if (*o.of && (!grid_find(g, o.of) || *grid_find(g, o.of)->of))
-    tbr_fail("%s: of=%s should name an arm above that is trained", where, o.of);
+    fail_at(at, "of=%s should name an arm above that is trained", o.of);
   g->arm = mem_grow(g->arm, &g->cap, g->arms + 1, sizeof *g->arm);
   g->arm[g->arms++] = o;
 }
 
-/* One line `claim NAME | TEXT | RULE`, divided in place. */
-static void grid_claim(Grid *g, char *line, const char *where) {
-  char *text = strchr(line, '|'), *rule = text ? strchr(text + 1, '|') : NULL;
-  if (!rule) tbr_fail("%s: this should be `claim NAME | TEXT | RULE`", where);
-  *text = *rule = 0;
-  Claim c = {trim(line), trim(text + 1), trim(rule + 1)};
-  condition_check(c.rule, g, where);
-  g->claim = mem_grow(g->claim, &g->claim_cap, g->claims + 1, sizeof c);
-  g->claim[g->claims++] = c;
-}
-
-/* Reads a grid; options given (names and values in turn, then NULL) take the
- * place of what the file says for all. */
+/* Reads a grid; the options among the given words take the place of what the
+ * file says for all. */
 static Grid grid_read(const char *path, const char *const *given) {
-  Grid g = {.text = read_file(path, NULL), .shared = default_options};
-  size_t number = 0;
-  for (char *line = g.text, *next; line; line = next) {
-    char *where = format_string("%s:%zu", path, ++number);
-    next = strchr(line, '\n');
-    if (next) *next++ = 0;
+  Grid g = {.text = read_file(path, NULL), .shared = options_default()};
+  Row at = {.path = path};
+  for (char *next = g.text, *line; (line = take_line(&at, &next)) != NULL;) {
     line[strcspn(line, "#")] = 0;
-    line = trim(line);
-    if (!strncmp(line, "arm ", 4)) {
-      for (size_t i = 0; !g.arms && given && given[i]; i += 2)
-        option_set(&g.shared, option_find(given[i], "ablate", "aA"),
-                   given[i + 1], given[i]);
-      grid_arm(&g, line + 4, where);
-    } else if (!strncmp(line, "claim ", 6)) {
-      grid_claim(&g, line + 6, where);
-    } else if (*line && g.arms) {
-      tbr_fail("%s: what holds for all must stand before the first arm", where);
-    } else if (*line) {
-      grid_set(&g.shared, line, "aA", where);
+    if (!strncmp(line, "claim ", 6)) {
+      claim_decide(NULL, &(TbrResults){0}, &g, line + 6, &at);
+      row_add(&g.claims, line + 6);
+    } else if (!strncmp(line, "arm ", 4)) {
+      for (; !g.arms && given && *given; given++)
+        if (!strncmp(*given, "--", 2))
+          option_set(&g.shared, option_find(*given + 2, "ablate", "aA"),
+                     given[1], *given), given++;
+      grid_arm(&g, line + 4, &at);
+    } else {
+      grid_set(&g.shared, line, g.arms ? "" : "aA", &at);
     }
-    free(where);
   }
   if (!g.arms) tbr_fail("%s: names no arm: `arm NAME option=value ...`", path);
   return g;
 }
 
 static void grid_free(Grid *g) {
-  free(g->text), free(g->arm), free(g->claim);
+  free(g->text), free(g->arm), free((void *)g->claims.at);
 }
 
 /* ---- one cell of a grid ------------------------------------------------ */
@@ -4905,9 +4887,6 @@ static Pair pair_load(const char *model, const char *tokenizer) {
                              p.model->config.vocab);
   return p;
 }
-
-/* The kinds of rows that an arm is trained on. */
-enum { GENERAL, SAFETY, BRIDGE, PSEUDO, KINDS };
 
 /* Ends a text behind the sentence that first gives a verdict. */
 static void end_at_verdict(char *text) {
@@ -4943,35 +4922,16 @@ static void reflect_internally(const Pair *p, TbrExamples *e, size_t n,
   tbr_answers_free(prompt, n);
 }
 
-/* The reflection of row i in the style of an arm; `other` is the row whose
- * reflection it gets if they are shuffled. NULL if there is none. */
-static char *styled(const TbrExamples *e, size_t i, size_t other,
-                    const char *style) {
-  const TbrExample *row = &e->row[i];
-  return !strcmp(style, "filler") ? row->filler
-       : !strcmp(style, "label") ? row->label_only
-       : !strcmp(style, "reworded") ? row->reworded
-       : !strcmp(style, "shuffled") ? e->row[other].reflection
-                                    : row->reflection;
-}
-
-/* Whether the verdict of a row's reflection isn't that of its label. */
-static int contradicts(const TbrExample *row) {
-  int harmful = row->label && !strcmp(row->label, "harmful");
-  return row->reflection && verdict(row->reflection) != (harmful ? -1 : 1);
-}
-
 /* Adds the rows of one kind as sequences, and a line on what became of them
  * to the report. Bridging rows reflect, safety rows unless the arm says none,
  * others by the arm's share and where they ask for it. */
 static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
                      int kind, Buf *report) {
-  const char *path[] = {o->general, o->safety, o->bridge, o->pseudo};
-  size_t most[] = {o->general_rows, o->safety_rows, o->bridge_rows,
-                   o->pseudo_rows};
-  if (!*path[kind] || (kind >= BRIDGE && !most[kind])) return;
-  TbrExamples e = tbr_examples_read(path[kind]);
-  size_t n = most[kind] && most[kind] < e.n ? most[kind] : e.n;
+  const char *path = o->file[kind], *style = o->style;
+  size_t most = o->use[kind];
+  if (!*path || (kind >= BRIDGE && !most)) return;
+  TbrExamples e = tbr_examples_read(path);
+  size_t n = most && most < e.n ? most : e.n;
   size_t *order = mem_new(e.n, sizeof *order), *other, fate[4] = {0};
   size_t context = p->model->config.context, reflecting = 0;
   Rng rng = rng_stream(o->seed, FOR_ARMS, (uint64_t)kind);
@@ -4980,7 +4940,7 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
   shuffle(order, e.n, &rng);
   other = mem_new(e.n, sizeof *other); /* whose reflection, if shuffled */
   for (size_t i = 0; i < e.n; i++) other[order[i]] = order[(i + 1) % e.n];
-  if (!strcmp(o->style, "internal") && share > 0)
+  if (!strcmp(style, "internal") && share > 0)
     reflect_internally(p, &e, n, o->seed);
   for (size_t i = 0; i < n; i++) {
     TbrExample row = e.row[i];
@@ -4988,104 +4948,104 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
     int noisy = rng_uniform(&rng) < o->noise;
     int asked = kind == BRIDGE || (kind == GENERAL && by_asked < o->asked);
     int reflect = (asked || by_share < share) && row.reflection;
-    row.reflection = noisy ? row.wrong : styled(&e, i, other[i], o->style);
+    const TbrExample *from = &e.row[strcmp(style, "shuffled") ? i : other[i]];
+    row.reflection = noisy ? row.wrong
+                   : !strcmp(style, "filler") ? row.filler
+                   : !strcmp(style, "label") ? row.label_only
+                   : !strcmp(style, "reworded") ? row.reworded
+                   : from->reflection;
     if (asked) row.prompt = row.asked;
     if (!row.prompt || (reflect && !row.reflection))
-      tbr_fail("%s: example %zu has no `%s`, which this arm needs", path[kind],
-               i + 1, !row.prompt ? "asked" : noisy ? "wrong" : o->style);
-    int what = o->filter && reflect && contradicts(&row) ? 3
+      tbr_fail("%s: example %zu has no `%s`, which this arm needs", path,
+               i + 1, !row.prompt ? "asked" : noisy ? "wrong" : style);
+    int truth = row.label && !strcmp(row.label, "harmful") ? -1 : 1;
+    int what = o->filter && reflect && verdict(row.reflection) != truth ? 3
              : tbr_example_sequence(s, p->tok, &row, reflect, context,
                                     !strcmp(o->too_long, "cut"));
     fate[what]++;
     reflecting += reflect && what < 2;
   }
   buf_str(report, "{\"file\": ");
-  json_quote(report, path[kind], strlen(path[kind]));
+  json_quote(report, path, strlen(path));
   buf_printf(report, ", \"rows\": %zu, \"reflecting\": %zu, \"cut\": %zu, "
              "\"dropped\": %zu, \"filtered\": %zu}\n", n, reflecting, fate[1],
              fate[2], fate[3]);
   if (fate[1] + fate[2])
     fprintf(stderr, "tbr: %s: %zu of %zu rows are longer than the context of "
-            "%zu tokens: %zu cut, %zu dropped\n", path[kind],
+            "%zu tokens: %zu cut, %zu dropped\n", path,
             fate[1] + fate[2], n, context, fate[1], fate[2]);
   free(order), free(other);
   tbr_examples_free(&e);
 }
 
-/* The recipe of a training among the options. */
-static TbrTraining training_of(const TbrOptions *o, int pretraining) {
-  TbrTraining t = {
-      .steps = pretraining ? o->pretrain_steps : o->steps,
-      .batch = pretraining ? o->pretrain_batch : o->batch,
-      .warmup = pretraining ? o->pretrain_warmup : o->warmup,
-      .lr = pretraining ? o->pretrain_lr : o->lr,
-      .decay = pretraining ? o->pretrain_decay : o->decay,
-      .cosine = pretraining, .last = pretraining ? 0.1 : 0, .beta1 = 0.9,
-      .beta2 = 0.98, .eps = 1e-8, .clip = 1, .rows = o->rows,
-      .save_every = o->save_every, .seed = o->seed};
+/* A recipe among the options, with what is none. */
+static TbrTraining training_of(const TbrOptions *o, TbrTraining t) {
+  t.beta1 = 0.9, t.beta2 = 0.98, t.eps = 1e-8, t.clip = 1;
+  t.rows = o->rows, t.save_every = o->save_every, t.seed = o->seed;
   return t;
 }
 
-void tbr_finetune(const TbrOptions *o, const char *directory) {
+void tbr_finetune(const TbrOptions *o) {
   Pair p = pair_load(o->base, o->tokenizer);
   TbrSequences s = {0};
   Buf report = {0};
   tbr_tokenizer_add_marks(p.tok);
   if (tbr_tokenizer_vocab(p.tok) > p.model->config.vocab)
     p.model = model_widen(p.model, tbr_tokenizer_vocab(p.tok), o->seed);
-  for (int kind = 0; kind < KINDS; kind++) add_rows(&s, &p, o, kind, &report);
+  for (int kind = 0; kind < PROMPTS; kind++) add_rows(&s, &p, o, kind, &report);
   if (!s.n)
     tbr_fail("no examples to train on: --general and --safety name files%s",
              report.n ? "; all rows in them are longer than the context" : "");
-  TbrTraining t = training_of(o, 0);
-  tbr_train(p.model, p.tok, &s, &t, directory, *o->arm ? o->arm : "train");
-  write_in(directory, "rows.jsonl", report.s, report.n);
+  TbrTraining t = training_of(o, o->train);
+  tbr_train(p.model, p.tok, &s, &t, o->out, *o->arm ? o->arm : "train");
+  write_in(o->out, "rows.jsonl", report.s, report.n);
   buf_free(&report);
   tbr_sequences_free(&s);
   pair_free(&p);
 }
 
-void tbr_pretrain(const TbrOptions *o, const char *directory) {
+void tbr_pretrain(const TbrOptions *o) {
   size_t n;
+  if (!*o->text || !*o->tokenizer)
+    tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
   char *text = read_file(o->text, &n);
   TbrTokenizer *tok = tbr_tokenizer_load(o->tokenizer, 0);
-  TbrConfig c = {.vocab = tbr_tokenizer_vocab(tok), .dim = o->dim,
-                 .layers = o->layers, .heads = o->heads,
-                 .kv_heads = o->kv_heads, .hidden = o->hidden,
-                 .context = o->context, .tied = 1, .rope_theta = 10000,
-                 .norm_eps = 1e-5};
+  TbrConfig c = o->shape;
+  c.vocab = tbr_tokenizer_vocab(tok);
+  c.tied = 1, c.rope_theta = 10000, c.norm_eps = 1e-5;
   if (!c.heads || c.dim % c.heads)
     tbr_fail("a width of %zu cannot be divided among %zu heads", c.dim,
              c.heads);
   c.head_dim = c.dim / c.heads;
-  if (!o->pretrain_window || o->pretrain_window > c.context)
+  if (!o->window || o->window > c.context)
     tbr_fail("a window of %zu tokens doesn't fit into a context of %zu",
-             o->pretrain_window, c.context);
+             o->window, c.context);
   TbrSequences s = {0};
   TbrModel *m = tbr_model_new(&c);
   tbr_model_init(m, o->seed);
-  tbr_text_sequences(&s, tok, text, n, o->pretrain_window);
-  TbrTraining t = training_of(o, 1);
-  tbr_train(m, tok, &s, &t, directory, "pretrain");
+  tbr_text_sequences(&s, tok, text, n, o->window);
+  TbrTraining t = training_of(o, o->pretrain);
+  t.cosine = 1, t.last = 0.1;
+  tbr_train(m, tok, &s, &t, o->out, "pretrain");
   tbr_sequences_free(&s);
   tbr_model_free(m);
   tbr_tokenizer_free(tok);
   free(text);
 }
 
-void tbr_make_tokenizer(const TbrOptions *o, const char *directory) {
+void tbr_make_tokenizer(const TbrOptions *o) {
   size_t n;
+  if (!*o->text) tbr_fail("--text names the text to learn from");
   char *text = read_file(o->text, &n);
-  TbrTokenizer *tok = tbr_tokenizer_train(text, n, o->vocab);
-  make_directory(directory);
-  tbr_tokenizer_save(tok, directory);
+  TbrTokenizer *tok = tbr_tokenizer_train(text, n, o->shape.vocab);
+  make_directory(o->out);
+  tbr_tokenizer_save(tok, o->out);
   tbr_tokenizer_free(tok);
   free(text);
 }
 
 /* ---- statistics -------------------------------------------------------- */
 
-/* Wilson's 95% interval of k in n. */
 void tbr_wilson(size_t k, size_t n, double *low, double *high) {
   const double z = 1.959963984540054;
   double N = (double)n, p = n ? (double)k / N : 0;
@@ -5097,7 +5057,6 @@ void tbr_wilson(size_t k, size_t n, double *low, double *high) {
   *high = k < n ? (middle + half) / size : 1;
 }
 
-/* The 97.5% quantile of Student's t. */
 double tbr_t_quantile(size_t freedom) {
   static const double t[] = {
       12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060,
@@ -5111,7 +5070,6 @@ double tbr_t_quantile(size_t freedom) {
   return 1.959964 + 2.3723 / f + 2.8224 / (f * f);
 }
 
-/* Mean of x and half of its 95% t-interval; 0 for a single value. */
 double tbr_mean(const double *x, size_t n, double *half) {
   double mean = 0, square = 0;
   for (size_t i = 0; i < n; i++) mean += x[i] / (double)n;
@@ -5149,111 +5107,80 @@ static void results_write(const char *directory, const TbrResults *r,
   buf_free(&b);
 }
 
-/* Adds the lines of one list of results to another. */
-static void results_add(TbrResults *to, const TbrResults *from) {
-  for (const TbrResult *x = from->row; x < from->row + from->n; x++)
-    *result_line(to, x->arm, x->seed, x->label, x->type) = *x;
-}
-
-/* Adds the results in a file; with cell, only if they carry that mark.
- * Returns whether it did. */
-static int results_read(const char *path, TbrResults *r, const char *cell) {
-  size_t number = 0, before = r->n;
-  char *text = read_file(path, NULL);
-  for (char *line = text; *line;) {
-    size_t len = strcspn(line, "\n");
-    Json *j = json_parse(line, len, path, ++number);
+/* Adds the results in a file. */
+static void results_read(const char *path, TbrResults *r) {
+  char *text = read_file(path, NULL), *next = text, *line;
+  Row at = {.path = path};
+  while ((line = take_line(&at, &next)) != NULL) {
+    Json *j = json_parse(line, strlen(line), path, at.line);
     const char *arm = json_string(j, "arm", NULL);
-    const char *mark = json_string(j, "cell", "");
-    if (!arm || (cell && strcmp(mark, cell))) {
-      json_free(j);
-      free(text);
-      r->n = before;
-      if (arm) return 0;
-      tbr_fail("%s:%zu: is no line of results: it names no arm", path, number);
-    }
-    TbrResult *to = result_line(r, arm,
-                                (uint64_t)json_number(j, "seed", 0),
+    if (!arm) fail_at(&at, "is no line of results: it names no arm");
+    TbrResult *to = result_line(r, arm, (uint64_t)json_number(j, "seed", 0),
                                 json_string(j, "label", "unknown"),
                                 json_string(j, "type", "unknown"));
     for (size_t c = 0; c < TBR_COUNTS; c++) {
       double x = json_number(j, count_name[c], 0);
       if (!(x >= 0 && x < 1e15))
-        tbr_fail("%s:%zu: \"%s\" is no count", path, number, count_name[c]);
+        fail_at(&at, "\"%s\" is no count", count_name[c]);
       to->count[c] = (size_t)x;
     }
     json_free(j);
-    line += len + (line[len] == '\n');
   }
   free(text);
-  return number > 0;
 }
 
 /* ---- the rule that sees only a prompt's form --------------------------- */
 
-/* What the rule learned: how often each word came, in how many prompts; and
- * how many harmful (upper half) and other prompts had each form. */
-typedef struct {
-  Map words, forms;
-  size_t prompts, harmful;
-} FormRule;
-
 /* The form of a prompt as a key: its words in lower case, with one gap for
- * each run of words that come less than once in twenty prompts. With `learn`,
- * counts its words instead. */
-static uint64_t form_of(FormRule *f, const char *prompt, int learn) {
+ * each run of words that come less than once in twenty of n prompts. With n 0,
+ * counts its words. */
+static uint64_t form_of(Map *words, size_t n, const char *prompt) {
   static const char letters[] = "abcdefghijklmnopqrstuvwxyz0123456789'";
-  char *text = lower_trimmed(prompt);
+  char *text = lower_trimmed(prompt), *s = text;
   uint64_t form = HASH_START;
   int gap = 0;
-  for (char *s = text + strcspn(text, letters); *s; s += strcspn(s, letters)) {
-    size_t n = strspn(s, letters);
-    uint64_t key = hash_bytes(HASH_START, s, n) | 1;
-    int known = map_get(&f->words, key) * 20 >= f->prompts;
-    if (learn) ++*map_put(&f->words, key);
-    if (known) form = hash_bytes(form, &key, sizeof key);
+  while (*(s += strcspn(s, letters))) {
+    size_t length = strspn(s, letters);
+    uint64_t key = hash_bytes(HASH_START, s, length) | 1;
+    int common = map_get(words, key) * 20 >= n;
+    if (!n) ++*map_put(words, key);
+    if (common) form = hash_bytes(form, &key, sizeof key);
     else if (!gap) form = hash_bytes(form, "_", 1);
-    gap = !known;
-    s += n;
+    gap = !common;
+    s += length;
   }
   free(text);
   return form | 1;
 }
 
-/* Learns from the rows that an arm would be trained on: first which words
- * are form, then which forms are harmful. */
-static FormRule form_rule(const TbrOptions *o) {
-  FormRule f = {0};
-  const char *path[] = {o->general, o->safety};
-  size_t most[] = {o->general_rows, o->safety_rows};
-  for (int pass = 0; pass < 4; pass++) {
-    if (!*path[pass & 1]) continue;
-    TbrExamples e = tbr_examples_read(path[pass & 1]);
-    size_t n = most[pass & 1] && most[pass & 1] < e.n ? most[pass & 1] : e.n;
-    for (size_t i = 0; i < n; i++) {
-      uint64_t form = form_of(&f, e.row[i].prompt, pass < 2);
-      if (pass < 2) f.prompts++, f.harmful += (size_t)pass;
-      else *map_put(&f.forms, form) += pass & 1 ? (uint64_t)1 << 32 : 1;
-    }
-    tbr_examples_free(&e);
-  }
-  return f;
-}
-
-/* Judges the tests by that rule: it refuses what has a form that is commoner
- * among harmful prompts than among others, and says nothing else. */
-static void form_evaluate(const TbrOptions *o, const TbrExamples *e,
+/* Judges tests by the rows that an arm would be trained on: refuses what has a
+ * form that is commoner among harmful prompts than among others, and says
+ * nothing else. */
+static void form_evaluate(const TbrOptions *o, const TbrExamples *tests,
                           TbrResults *results) {
-  FormRule f = form_rule(o);
-  for (size_t i = 0; i < e->n; i++) {
-    uint64_t seen = map_get(&f.forms, form_of(&f, e->row[i].prompt, 0));
-    size_t refusal = (seen >> 32) * (f.prompts - f.harmful) >
-                     (seen & UINT32_MAX) * f.harmful;
+  size_t n[] = {o->use[GENERAL], o->use[SAFETY]}, i;
+  TbrExamples e[2] = {{0}};
+  Map words = {0}, forms[2] = {{0}};
+  for (int k = 0; k < 2; k++) {
+    if (*o->file[k]) e[k] = tbr_examples_read(o->file[k]);
+    if (!n[k] || n[k] > e[k].n) n[k] = e[k].n;
+    for (i = 0; i < n[k]; i++) form_of(&words, 0, e[k].row[i].prompt);
+  }
+  size_t all = n[0] + n[1];
+  for (int k = 0; k < 2; k++) {
+    for (i = 0; i < n[k]; i++)
+      ++*map_put(&forms[k], form_of(&words, all, e[k].row[i].prompt));
+    tbr_examples_free(&e[k]);
+  }
+  for (i = 0; i < tests->n; i++) {
+    uint64_t form = form_of(&words, all, tests->row[i].prompt);
+    size_t refusal = map_get(&forms[1], form) * n[0] >
+                     map_get(&forms[0], form) * n[1];
     size_t is[TBR_COUNTS] = {
         [TBR_N] = 1, [TBR_REFUSAL] = refusal, [TBR_NEITHER] = !refusal};
-    count_judgement(results, o->arm, o->seed, &e->row[i], is);
+    count_judgement(results, o->arm, o->seed, &tests->row[i], is);
   }
-  free(f.words.slot), free(f.forms.slot);
+  free(words.slot), free(forms[0].slot), free(forms[1].slot);
 }
 
 /* ---- the grid ---------------------------------------------------------- */
@@ -5272,12 +5199,12 @@ static void keep_some(TbrExamples *e, size_t limit) {
 /* The tests of an arm: some of its prompts, perhaps with the request to think
  * first. */
 static TbrExamples tests_read(const TbrOptions *o) {
-  TbrExamples e = tbr_examples_read(o->prompts);
+  TbrExamples e = tbr_examples_read(o->file[PROMPTS]);
   keep_some(&e, o->limit);
   for (size_t i = 0; o->think && i < e.n; i++) {
     if (!e.row[i].asked)
       tbr_fail("%s: prompt %zu has no `asked`, which --think 1 needs",
-               o->prompts, i + 1);
+               o->file[PROMPTS], i + 1);
     char *plain = e.row[i].prompt;
     e.row[i].prompt = e.row[i].asked;
     e.row[i].asked = plain;
@@ -5305,94 +5232,75 @@ static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
   free(text);
 }
 
-void tbr_eval(const TbrOptions *o, const char *directory,
-              TbrResults *results) {
+void tbr_eval(const TbrOptions *o) {
+  if (!*o->file[PROMPTS]) tbr_fail("--prompts names the file of prompts");
   Pair p = pair_load(o->model, o->tokenizer);
   TbrExamples e = tests_read(o);
-  TbrResults mine = {0};
+  TbrResults r = {0};
   TbrSampling s = {o->temperature, o->top_p, o->tokens, {-1, -1}, o->seed};
-  char mark[17], *path = path_in(directory, "results.jsonl");
+  char mark[17], *path = path_in(o->out, "results.jsonl");
+  char *before = file_exists(path) ? read_file(path, NULL) : copy_string("");
   eval_mark(mark, o, &p, &e);
-  if (!file_exists(path) || !results_read(path, &mine, mark)) {
+  if (!strstr(before, mark)) {
     const char *arm = *o->arm ? o->arm : o->model;
     size_t cut = tbr_evaluate(p.model, p.tok, &e, &s, o->rule, arm, o->seed,
-                              directory, &mine);
+                              o->out, &r);
     if (cut)
       fprintf(stderr, "tbr: %s: %zu of %zu prompts are longer than the context "
-              "and were cut\n", o->prompts, cut, e.n);
-    results_write(directory, &mine, mark);
+              "and were cut\n", o->file[PROMPTS], cut, e.n);
+    results_write(o->out, &r, mark);
   }
-  results_add(results, &mine);
-  free(mine.row), free(path);
+  free(r.row), free(path), free(before);
   tbr_examples_free(&e);
   pair_free(&p);
 }
 
-/* One piece of work on a grid: a base to be pretrained, or an arm's cell. */
-typedef struct {
-  TbrOptions o;
-  char *base, *text, *model, *own; /* paths; the last is the cell's directory */
-  char *made[KINDS + 1];           /* rows of each kind, and the tests */
-  TbrResults results;
-} Job;
-
-/* Tokenizer and base model of one seed. */
-static void job_base(Job *j) {
-  TbrOptions o = j->o;
-  o.text = j->text;
-  o.tokenizer = j->base;
-  tbr_make_tokenizer(&o, j->base);
-  tbr_pretrain(&o, j->base);
+/* Tokenizer and base model of a cell. */
+static void cell_base(const TbrOptions *cell) {
+  TbrOptions o = *cell;
+  o.out = o.tokenizer = o.base;
+  tbr_make_tokenizer(&o);
+  tbr_pretrain(&o);
 }
 
 /* Trains and evaluates one cell. */
-static void job_cell(Job *j) {
-  if (!strcmp(j->o.by, "form")) {
-    TbrExamples e = tests_read(&j->o);
-    form_evaluate(&j->o, &e, &j->results);
-    tbr_examples_free(&e);
+static void cell_run(const TbrOptions *cell) {
+  TbrOptions o = *cell;
+  if (!strcmp(o.by, "form")) {
+    TbrExamples e = tests_read(&o);
+    TbrResults r = {0};
+    form_evaluate(&o, &e, &r);
+    make_directory(o.out);
+    results_write(o.out, &r, "form");
+    tbr_examples_free(&e), free(r.row);
     return;
   }
-  if (!*j->o.of) tbr_finetune(&j->o, j->own);
-  j->o.model = j->model;
-  j->o.tokenizer = "";
-  tbr_eval(&j->o, j->own, &j->results);
+  if (!*o.of) tbr_finetune(&o);
+  o.tokenizer = "";
+  tbr_eval(&o);
 }
 
-/* For qsort: larger models first, then the order of the grid. */
-static int job_order(const void *a, const void *b) {
-  const Job *x = *(Job *const *)a, *y = *(Job *const *)b;
-  size_t p = x->o.dim * x->o.dim * x->o.layers;
-  size_t q = y->o.dim * y->o.dim * y->o.layers;
-  return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
-}
-
-/* Says on a terminal how many jobs are done, and when the rest may be. */
-static void job_done(const char *what, size_t done, size_t n, double began) {
-  if (!is_terminal(stderr)) return;
-  double spent = now() - began;
-  fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", done, n, what,
-          spent, spent / (double)done * (double)(n - done));
-}
-
-/* Runs n jobs, the longest first: side by side, one thread each, as long as
- * all threads have one; what is left over one by one, with all threads inside.
- * Says how far it is. */
-static void run_jobs(void (*work)(Job *), Job **job, size_t n,
-                     const char *what) {
-  size_t team = (size_t)threads(), done = 0;
-  size_t side_by_side = team == 1 ? 0 : n / team * team;
+/* Runs n jobs: side by side, one thread each, as long as all threads have one;
+ * what is left over one by one, with all threads inside. Says on a terminal
+ * how many are done, and when the rest may be. */
+static void run_jobs(void (*work)(const TbrOptions *), TbrOptions **job,
+                     size_t n, const char *what) {
+  size_t team = (size_t)threads(), done = 0, end = 0;
   double began = now();
-  if (n) qsort(job, n, sizeof *job, job_order);
-#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
-  for (size_t i = 0; i < side_by_side; i++) {
-    work(job[i]);
+  for (int alone = team == 1; alone < 2; alone++) {
+    size_t from = end;
+    end = alone ? n : n / team * team;
+#pragma omp parallel for num_threads(alone ? 1 : (int)team) schedule(dynamic, 1)
+    for (size_t i = from; i < end; i++) {
+      work(job[i]);
+      if (!is_terminal(stderr)) continue;
 #pragma omp critical(tbr_files)
-    job_done(what, ++done, n, began);
-  }
-  for (size_t i = side_by_side; i < n; i++) {
-    work(job[i]);
-    job_done(what, ++done, n, began);
+      {
+        double spent = now() - began, each = spent / (double)++done;
+        fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", done,
+                n, what, spent, each * (double)(n - done));
+      }
+    }
   }
 }
 
@@ -5411,84 +5319,79 @@ static uint64_t base_hash(const TbrOptions *o) {
   return h;
 }
 
-/* Prepares the job of an arm under a seed. What the grid doesn't name comes
- * from the built-in world and the base that was pretrained on it. */
-static Job job_of(const TbrOptions *arm, const TbrOptions *shared,
-                  uint64_t seed) {
+/* The cell of an arm under a seed: the arm's options, with all paths, which it
+ * owns. What the grid doesn't name comes from the built-in world and the base
+ * that was pretrained on it. */
+static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
+                          size_t seed) {
   static const char *const name[] = {"general", "safety", "bridge", "pseudo",
                                      "eval"};
-  Job j = {.o = *arm};
-  const char **file[] = {&j.o.general, &j.o.safety, &j.o.bridge, &j.o.pseudo,
-                         &j.o.prompts};
-  j.o.seed = (size_t)seed;
-  char *home = format_string("%s/seed-%llu", shared->out,
-                             (unsigned long long)seed);
-  j.base = base_hash(arm) == base_hash(shared)
-               ? path_in(home, "base")
-               : format_string("%s/base-%08x", home,
-                               (unsigned)(base_hash(arm) & 0xffffffffu));
-  j.text = format_string("%s/data/%s.txt", home, arm->mix);
-  j.own = path_in(home, arm->arm);
-  j.model = path_in(home, *arm->of ? arm->of : arm->arm);
-  for (size_t i = 0; i < KINDS + 1; i++) {
-    j.made[i] = format_string("%s/data/%s.jsonl", home, name[i]);
-    if (**file[i] && strcmp(*file[i], "none") && !file_exists(*file[i]))
-      tbr_fail("%s: cannot be opened; arm %s names it as %s", *file[i],
-               arm->arm, name[i]);
-    if (!**file[i]) *file[i] = j.made[i];
-    if (!strcmp(*file[i], "none")) *file[i] = "";
+  TbrOptions o = *arm;
+  char *home = format_string("%s/seed-%zu", shared->out, seed);
+  for (size_t i = 0; i <= PROMPTS; i++) {
+    const char *path = arm->file[i];
+    int none = !strcmp(path, "none");
+    if (*path && !none && !file_exists(path))
+      tbr_fail("%s: cannot be opened; arm %s names it as %s", path, arm->arm,
+               name[i]);
+    o.file[i] = *path ? copy_string(none ? "" : path)
+                      : format_string("%s/data/%s.jsonl", home, name[i]);
   }
-  if (!*j.o.base) j.o.base = j.base;
+  unsigned long long hash = base_hash(arm);
+  o.base = *o.base ? copy_string(o.base)
+         : hash == base_hash(shared) ? path_in(home, "base")
+         : format_string("%s/base-%08llx", home, hash & 0xffffffff);
+  o.text = format_string("%s/data/%s.txt", home, o.mix);
+  o.out = path_in(home, o.arm);
+  o.model = path_in(home, *o.of ? o.of : o.arm);
+  o.seed = seed;
   free(home);
-  return j;
+  return o;
 }
 
-static void job_free(Job *j) {
-  for (size_t i = 0; i < KINDS + 1; i++) free(j->made[i]);
-  free(j->base), free(j->text), free(j->model), free(j->own);
-  free(j->results.row);
-}
-
-/* The jobs whose base the grid doesn't name, each base once. */
-static size_t bases_of(Job **base, Job *cell, size_t cells) {
+void tbr_ablate(const TbrOptions *options) {
+  Grid g = grid_read(options->argument, options->given);
+  TbrOptions *o = &g.shared;
+  size_t cells = o->seeds * g.arms;
+  if (!cells) tbr_fail("%s: seeds must be at least 1", options->argument);
+  TbrOptions *cell = mem_new(cells, sizeof *cell);
+  TbrOptions **job = mem_new(cells, sizeof *job);
   size_t n = 0;
+  Buf results = {0};
   for (size_t i = 0; i < cells; i++) {
-    int have = cell[i].o.base != cell[i].base;
+    const TbrOptions *arm = &g.arm[i % g.arms];
+    int base = !*arm->base; /* which no other cell makes */
+    cell[i] = cell_of(arm, o, o->seed + i / g.arms);
     for (size_t k = 0; k < n; k++)
-      have = have || !strcmp(base[k]->base, cell[i].base);
-    if (!have) base[n++] = &cell[i];
+      base = base && strcmp(job[k]->base, cell[i].base);
+    if (base) job[n++] = &cell[i];
   }
-  return n;
-}
-
-void tbr_ablate(const TbrOptions *o, TbrResults *results) {
-  Grid g = grid_read(o->grid, o->given);
-  size_t seeds = g.shared.seeds, cells = seeds * g.arms, n = 0;
-  if (!seeds) tbr_fail("%s: seeds must be at least 1", o->grid);
-  Job *cell = mem_new(cells, sizeof *cell);
-  Job **job = mem_new(cells, sizeof *job);
-  for (size_t i = 0; i < cells; i++)
-    cell[i] = job_of(&g.arm[i % g.arms], &g.shared,
-                     g.shared.seed + i / g.arms);
-  for (size_t s = 0; *g.shared.world && s < seeds; s++) {
-    char *data = format_string("%s/seed-%zu/data", g.shared.out,
-                               g.shared.seed + s);
-    tbr_world_make(g.shared.world, g.shared.seed + s, &g.shared.sizes, data);
+  for (size_t s = o->seed; *o->world && s < o->seed + o->seeds; s++) {
+    char *data = format_string("%s/seed-%zu/data", o->out, s);
+    tbr_world_make(o->world, s, &o->sizes, data);
     free(data);
   }
-  run_jobs(job_base, job, bases_of(job, cell, cells), "bases");
-  for (int of = 0; of < 2; of++, n = 0) { /* those that use others' models */
+  run_jobs(cell_base, job, n, "bases");
+  for (int of = 0; of < 2; of++) { /* those that use others' models */
+    n = 0;
     for (size_t i = 0; i < cells; i++)
-      if ((*cell[i].o.of != 0) == of) job[n++] = &cell[i];
-    run_jobs(job_cell, job, n, of ? "evaluations" : "arms");
+      if ((*cell[i].of != 0) == of) job[n++] = &cell[i];
+    run_jobs(cell_run, job, n, of ? "evaluations" : "arms");
   }
-  for (size_t i = 0; i < cells; i++) results_add(results, &cell[i].results);
-  make_directory(g.shared.out);
-  results_write(g.shared.out, results, o->grid);
-  g.shared.grid = o->grid;
-  tbr_report(results, &g.shared);
-  for (size_t i = 0; i < cells; i++) job_free(&cell[i]);
-  free(cell), free(job), grid_free(&g);
+  char *path = path_in(o->out, "results.jsonl");
+  for (size_t i = 0; i < cells; i++) {
+    char *own = path_in(cell[i].out, "results.jsonl");
+    char *text = read_file(own, &n);
+    buf_add(&results, text, n);
+    free(own), free(text);
+    for (size_t k = 0; k <= PROMPTS; k++) free((char *)cell[i].file[k]);
+    free((char *)cell[i].base), free((char *)cell[i].text);
+    free((char *)cell[i].out), free((char *)cell[i].model);
+  }
+  write_file(path, results.s, results.n);
+  o->argument = path, o->grid = options->argument;
+  tbr_report(o);
+  free(path), buf_free(&results), free(cell), free(job), grid_free(&g);
 }
 
 /* ---- the report -------------------------------------------------------- */
@@ -5527,47 +5430,25 @@ static void add_table(Report *r, Buf *b) {
   buf_free(b);
 }
 
-/* The rates: their letters in claims, the table that they are in, and what of
- * which prompts is counted. */
-static const struct {
-  const char *code;
-  int table;
-  const char *title, *label;
-  size_t count;
-} rate_column[] = {
-    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
-    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
-    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
-    {"GE", 0, "general exact", "harmless", TBR_EXACT},
-    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
-    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
-     TBR_AGAINST_ITSELF},
-    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
-    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
-    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
-
-enum { RATES = sizeof rate_column / sizeof *rate_column };
-
-/* The sum of a count over the lines of an arm and a label; any seed if that
- * is ANY_SEED, any type if that is NULL. */
+/* The counts of an arm and a label, summed over its lines; any seed if that is
+ * ANY_SEED, any type if that is NULL. */
 #define ANY_SEED UINT64_MAX
-static size_t total(const TbrResults *r, const char *arm, const char *label,
-                    const char *type, uint64_t seed, size_t count) {
-  size_t sum = 0;
+static TbrResult total(const TbrResults *r, const char *arm, uint64_t seed,
+                       const char *label, const char *type) {
+  TbrResult sum = {.seed = seed};
   for (const TbrResult *x = r->row; x < r->row + r->n; x++)
     if (!strcmp(x->arm, arm) && !strcmp(x->label, label) &&
         (!type || !strcmp(x->type, type)) &&
         (seed == ANY_SEED || seed == x->seed))
-      sum += x->count[count];
+      for (size_t c = 0; c < TBR_COUNTS; c++) sum.count[c] += x->count[c];
   return sum;
 }
 
 /* One of the rates of an arm under a seed; -1 if there are no prompts. */
 static double rate(const TbrResults *r, size_t column, const char *arm,
                    uint64_t seed) {
-  const char *label = rate_column[column].label;
-  size_t n = total(r, arm, label, NULL, seed, TBR_N);
-  size_t k = total(r, arm, label, NULL, seed, rate_column[column].count);
+  TbrResult x = total(r, arm, seed, rate_column[column].label, NULL);
+  size_t n = x.count[TBR_N], k = x.count[rate_column[column].count];
   return n ? (double)k / (double)n : -1;
 }
 
@@ -5584,37 +5465,41 @@ static int first_of(const TbrResults *r, size_t i, int field) {
   return 1;
 }
 
-/* Mean and half t-interval over seeds of a rate of an arm, or of its
- * difference to another arm; returns how many seeds have it. */
-static size_t over_seeds(const TbrResults *r, size_t column, const char *arm,
-                         const char *less, double *mean, double *half) {
+/* Mean and half t-interval over seeds of a condition's sum; returns under how
+ * many of them every arm has that rate. */
+static size_t over_seeds(const TbrResults *r, const Condition *c, double *mean,
+                         double *half) {
   double *x = mem_new(r->n, sizeof *x);
   size_t n = 0;
   for (size_t i = 0; i < r->n; i++) {
+    double sum = 0, one = 0;
     if (!first_of(r, i, 0)) continue;
-    double a = rate(r, column, arm, r->row[i].seed);
-    double b = less ? rate(r, column, less, r->row[i].seed) : 0;
-    if (a >= 0 && b >= 0) x[n++] = a - b;
+    for (size_t t = 0; one >= 0 && t < c->terms; t++) {
+      one = rate(r, c->rate, c->term[t].arm, r->row[i].seed);
+      sum += c->term[t].factor * one;
+    }
+    if (one >= 0) x[n++] = sum;
   }
   *mean = tbr_mean(x, n, half);
   free(x);
   return n;
 }
 
-/* Adds one rate: count/n, the rate, Wilson's interval; from two seeds on the
- * mean over seeds with its t-interval, and Wilson's over all prompts. */
-static void add_rate(Buf *b, const TbrResults *r, const char *arm,
-                     size_t column) {
-  const char *label = rate_column[column].label;
-  size_t n = total(r, arm, label, NULL, ANY_SEED, TBR_N);
-  size_t k = total(r, arm, label, NULL, ANY_SEED, rate_column[column].count);
-  double low, high, half, mean;
-  size_t seeds = over_seeds(r, column, arm, NULL, &mean, &half);
+/* Adds the rate of an arm: count/n, the rate, Wilson's interval; from two
+ * seeds on the mean over seeds with its t-interval, and Wilson's over all
+ * prompts. Of two arms, adds their paired difference. */
+static void add_rate(Buf *b, const TbrResults *r, const Condition *c) {
+  double low, high, mean, half;
+  size_t seeds = over_seeds(r, c, &mean, &half);
+  TbrResult all = total(r, c->term[0].arm, ANY_SEED,
+                        rate_column[c->rate].label, NULL);
+  size_t n = all.count[TBR_N], k = all.count[rate_column[c->rate].count];
   tbr_wilson(k, n, &low, &high);
-  if (!n) buf_str(b, "\t-");
-  else if (seeds == 1) buf_printf(b, "\t%zu/%zu %.3f", k, n, mean);
-  else buf_printf(b, "\t%.3f +- %.3f", mean, half);
-  if (n) buf_printf(b, " [%.3f, %.3f]", low, high);
+  if (!seeds) buf_str(b, "\t-");
+  else if (c->terms > 1) buf_printf(b, "\t%+.3f +- %.3f", mean, half);
+  else if (seeds > 1) buf_printf(b, "\t%.3f +- %.3f", mean, half);
+  else buf_printf(b, "\t%zu/%zu %.3f", k, n, mean);
+  if (seeds && c->terms == 1) buf_printf(b, " [%.3f, %.3f]", low, high);
 }
 
 /* Adds a table of rates: an arm a row, and a column for each rate that there
@@ -5632,14 +5517,13 @@ static void rate_table(Report *to, const TbrResults *r, int table,
   }
   for (size_t i = 0; i < r->n; i++) {
     const char *arm = r->row[i].arm;
-    double mean, half;
     if (!first_of(r, i, 1) || (baseline && !strcmp(arm, baseline))) continue;
     buf_printf(&b, "\n%s", arm);
-    for (size_t c = 0; c < RATES; c++)
-      if (there[c] && !baseline) add_rate(&b, r, arm, c);
-      else if (there[c] && !over_seeds(r, c, arm, baseline, &mean, &half))
-        buf_str(&b, "\t-");
-      else if (there[c]) buf_printf(&b, "\t%+.3f +- %.3f", mean, half);
+    for (size_t c = 0; c < RATES; c++) {
+      Condition one = {.rate = c, .terms = baseline ? 2 : 1,
+                       .term = {{1, arm}, {-1, baseline}}};
+      if (there[c]) add_rate(&b, r, &one);
+    }
   }
   add_table(to, &b);
 }
@@ -5655,11 +5539,9 @@ static void type_table(Report *to, const TbrResults *r) {
     if (!first_of(r, i, 2)) continue;
     buf_printf(&b, "\n%s\t%s", x->type, x->label);
     for (size_t k = 0; k < r->n; k++) {
-      const char *arm = r->row[k].arm;
-      if (first_of(r, k, 1))
-        buf_printf(&b, "\t%zu/%zu",
-                   total(r, arm, x->label, x->type, ANY_SEED, TBR_REFUSAL),
-                   total(r, arm, x->label, x->type, ANY_SEED, TBR_N));
+      if (!first_of(r, k, 1)) continue;
+      TbrResult all = total(r, r->row[k].arm, ANY_SEED, x->label, x->type);
+      buf_printf(&b, "\t%zu/%zu", all.count[TBR_REFUSAL], all.count[TBR_N]);
     }
   }
   add_table(to, &b);
@@ -5690,108 +5572,81 @@ static void seed_table(Report *to, const TbrResults *r) {
 
 /* ---- claims ------------------------------------------------------------ */
 
-/* A condition: a sum of one rate of some arms, above or below a bound. */
-typedef struct {
-  double sum, bound;
-  int above, there; /* whether every arm has that rate */
-} Condition;
-
-/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out,
- * with the sum as it is under a seed. With a grid, results are not looked at;
- * it must have the arms, and where is for the message. */
-static Condition condition_read(const char *text, const TbrResults *r,
-                                uint64_t seed, const Grid *g,
-                                const char *where) {
-  char *copy = copy_string(text), *word = strtok(copy, " "), *end;
-  Condition c = {.there = 1};
-  double factor = 1, x;
-  size_t column = 0;
-  while (column < RATES && (!word || strcmp(word, rate_column[column].code)))
-    column++;
-  while (column < RATES && (word = strtok(NULL, " ")) && !strchr("<>", *word)) {
-    x = strtod(word, &end);
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
+ * and arms should stand above. */
+static Condition condition_read(const char *text, const Grid *g,
+                                const Row *at) {
+  char *copy = copy_string(text), *word = strtok(copy, " "), *end = copy;
+  Condition c = {.terms = 0};
+  double factor = 1;
+  while (c.rate < RATES && (!word || strcmp(word, rate_column[c.rate].code)))
+    c.rate++;
+  while ((word = strtok(NULL, " ")) != NULL && !strchr("<>", *word)) {
+    double x = strtod(word, &end);
+    const TbrOptions *arm = grid_find(g, word);
     if (!strcmp(word, "+") || !strcmp(word, "-")) {
       factor = *word == '-' ? -1 : 1;
     } else if (!*end) {
       factor *= x;
     } else {
-      if (g && !grid_find(g, word))
-        tbr_fail("%s: there is no arm \"%s\" above", where, word);
-      if (r) x = rate(r, column, word, seed), c.there &= x >= 0;
-      c.sum += factor * x;
-      factor = 1;
+      if (!arm) fail_at(at, "there is no arm \"%s\" above", word);
+      if (c.terms < MOST_TERMS) c.term[c.terms] = (Term){factor, arm->arm};
+      c.terms++, factor = 1;
     }
   }
   c.above = word && *word == '>';
-  if (word) word = strtok(NULL, " ");
+  word = word ? strtok(NULL, " ") : NULL;
   if (word) c.bound = strtod(word, &end);
-  if (g && (!word || *end))
-    tbr_fail("%s: a rule is conditions like `FR sft - 0.5 tbr > 0`, divided by "
-             "&; \"%s\" is none", where, text);
+  if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
+    fail_at(at, "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
+            "arms, divided by &; \"%s\" is none", MOST_TERMS, text);
   free(copy);
   return c;
 }
 
-/* Takes the next condition of a rule; NULL behind the last one. */
-static char *condition_take(const char **rule) {
-  size_t n = strcspn(*rule, "&");
-  char *text = n ? format_string("%.*s", (int)n, *rule) : NULL;
-  *rule += n + (*(*rule + n) == '&');
-  return text;
-}
-
-/* Fails if a rule is none, or names an arm that isn't in the grid. */
-static void condition_check(const char *rule, const Grid *g,
-                            const char *where) {
-  for (char *one; (one = condition_take(&rule)) != NULL; free(one))
-    condition_read(one, NULL, 0, g, where);
-}
-
 /* Decides a condition by its 95% t-interval over seeds, and adds what was
- * found to the table: 1 it holds, -1 it doesn't, 0 that isn't decided. */
-static int condition_decide(Buf *b, const char *text, const TbrResults *r) {
-  double *x = mem_new(r->n, sizeof *x), half, mean;
-  Condition c = {0};
-  size_t n = 0;
-  for (size_t i = 0; i < r->n; i++) {
-    if (!first_of(r, i, 0)) continue;
-    c = condition_read(text, r, r->row[i].seed, NULL, NULL);
-    if (c.there) x[n++] = c.sum;
-  }
-  mean = tbr_mean(x, n, &half);
-  free(x);
+ * found: 1 it holds, -1 it doesn't, 0 that isn't decided. */
+static int condition_decide(Buf *b, const TbrResults *r, const char *text,
+                            const Condition *c) {
+  double mean, half;
+  size_t n = over_seeds(r, c, &mean, &half);
+  double more = c->above ? mean - c->bound : c->bound - mean;
   buf_str(b, text);
   if (n > 1) buf_printf(b, " (%.3f +- %.3f)", mean, half);
-  double more = c.above ? mean - c.bound : c.bound - mean;
   return n < 2 ? 0 : more > half ? 1 : more < -half ? -1 : 0;
 }
 
-/* Adds the claims of a grid and what became of them. A claim holds if all of
- * its conditions do, and doesn't if one of them doesn't. */
-static void claim_table(Report *to, const TbrResults *r, const Grid *g) {
+/* Adds `NAME | TEXT | RULE` and what became of it as a row of a table; if that
+ * is NULL, only checks it. A claim holds if all conditions of its rule do, and
+ * doesn't if one of them doesn't. */
+static void claim_decide(Buf *b, const TbrResults *r, const Grid *g,
+                         const char *claim, const Row *at) {
   static const char *const word[] = {"does not hold", "not decided", "holds"};
-  Buf b = {0};
-  buf_str(&b, "\tclaim\t\trule, and what was found");
-  for (size_t i = 0; i < g->claims; i++) {
-    Buf found = {0};
-    const char *rule = g->claim[i].rule;
-    int least = 1;
-    for (char *one; (one = condition_take(&rule)) != NULL; free(one)) {
-      int held = condition_decide(&found, trim(one), r);
-      if (*rule) buf_str(&found, "; ");
-      if (held < least) least = held;
-    }
-    buf_printf(&b, "\n%s\t%s\t%s\t%s", g->claim[i].name, g->claim[i].text,
-               word[least + 1], found.s);
-    buf_free(&found);
+  char *copy = copy_string(claim);
+  Row cell = {0}, rule = {0};
+  Buf found = {0};
+  int least = 1;
+  split(&cell, copy, '|');
+  if (cell.n != 3) fail_at(at, "this should be `claim NAME | TEXT | RULE`");
+  split(&rule, (char *)cell.at[2], '&');
+  for (size_t i = 0; i < rule.n; i++) {
+    Condition c = condition_read(rule.at[i], g, at);
+    int held = condition_decide(&found, r, rule.at[i], &c);
+    if (held < least) least = held;
+    if (i + 1 < rule.n) buf_str(&found, "; ");
   }
-  if (g->claims) add_table(to, &b);
-  buf_free(&b);
+  if (b)
+    buf_printf(b, "\n%s\t%s\t%s\t%s", cell.at[0], cell.at[1], word[least + 1],
+               found.s);
+  buf_free(&found), free(copy), free((void *)cell.at), free((void *)rule.at);
 }
 
-void tbr_report(const TbrResults *r, const TbrOptions *o) {
+void tbr_report(const TbrOptions *o) {
   Report to = {0};
+  TbrResults results = {0}, *r = &results;
   int seeds = 0, compared = 0;
+  results_read(o->argument, r);
+  if (!r->n) tbr_fail("%s: has no results in it", o->argument);
   for (size_t i = 0; i < r->n; i++) {
     seeds += first_of(r, i, 0);
     compared |= !strcmp(r->row[i].arm, o->baseline);
@@ -5805,14 +5660,18 @@ void tbr_report(const TbrResults *r, const TbrOptions *o) {
   type_table(&to, r);
   if (*o->grid) {
     Grid g = grid_read(o->grid, NULL);
-    claim_table(&to, r, &g);
-    grid_free(&g);
+    Buf b = {0};
+    buf_str(&b, "\tclaim\t\trule, and what was found");
+    for (size_t i = 0; i < g.claims.n; i++)
+      claim_decide(&b, r, &g, g.claims.at[i], NULL);
+    if (g.claims.n) add_table(&to, &b);
+    buf_free(&b), grid_free(&g);
   }
   fwrite(to.text.s, 1, to.text.n, stdout);
   make_directory(o->out);
   write_in(o->out, "report.md", to.text.s, to.text.n);
   write_in(o->out, "report.csv", to.csv.s, to.csv.n);
-  buf_free(&to.text), buf_free(&to.csv);
+  buf_free(&to.text), buf_free(&to.csv), free(r->row);
 }
 
 /* ======================================================================
@@ -5888,22 +5747,6 @@ static void verb_selftest(const TbrOptions *o) {
 
 /* ---- the verbs --------------------------------------------------------- */
 
-/* Prints n of the rows that were made of some kind, evenly spaced. */
-static void print_rows(const char *directory, const char *name, size_t n) {
-  char *path = path_in(directory, name);
-  if (n && file_exists(path)) {
-    TbrExamples e = tbr_examples_read(path);
-    keep_some(&e, n);
-    printf("\n%s\n", path);
-    for (const TbrExample *x = e.row; x < e.row + e.n; x++)
-      printf("\n  %s (%s)\n  <think> %s </think>\n  %s\n", x->prompt,
-             x->type ? x->type : "", x->reflection ? x->reflection : "",
-             x->response ? x->response : "");
-    tbr_examples_free(&e);
-  }
-  free(path);
-}
-
 static void verb_data(const TbrOptions *o) {
   static const char *const name[] = {"general.jsonl", "safety.jsonl",
                                      "bridge.jsonl", "pseudo.jsonl",
@@ -5921,12 +5764,21 @@ static void verb_data(const TbrOptions *o) {
   char *line = strtok(text, "\n");
   for (size_t i = 0; line && i < o->show; i++, line = strtok(NULL, "\n"))
     printf("  %s\n", line);
-  for (size_t i = 0; i < 5; i++) print_rows(o->out, name[i], o->show);
+  for (size_t i = 0; i < 5 && o->show; i++) {
+    char *rows = path_in(o->out, name[i]);
+    TbrExamples e = {0};
+    if (file_exists(rows)) e = tbr_examples_read(rows), printf("\n%s\n", rows);
+    keep_some(&e, o->show);
+    for (const TbrExample *x = e.row; x < e.row + e.n; x++)
+      printf("\n  %s (%s)\n  <think> %s </think>\n  %s\n", x->prompt, x->type,
+             x->reflection, x->response);
+    tbr_examples_free(&e), free(rows);
+  }
   free(path), free(text);
 }
 
 static void verb_show(const TbrOptions *o) {
-  TbrExamples e = tbr_examples_read(o->file);
+  TbrExamples e = tbr_examples_read(o->argument);
   TbrTokenizer *tok = tbr_tokenizer_load(
       *o->tokenizer ? o->tokenizer : o->model, 0);
   TbrSequences s = {0};
@@ -5935,7 +5787,7 @@ static void verb_show(const TbrOptions *o) {
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < e.n && i < o->show; i++) {
     tbr_example_sequence(&s, tok, &e.row[i], reflect, (size_t)1 << 30, 0);
-    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", o->file,
+    printf("%s%s, example %zu: %zu tokens%s\n", i ? "\n" : "", o->argument,
            i + 1, s.first[s.n] - s.first[s.n - 1] + 1,
            colour ? "; green: the loss counts" : "");
     tbr_show_sequence(tok, &s, s.n - 1, colour);
@@ -5943,21 +5795,6 @@ static void verb_show(const TbrOptions *o) {
   tbr_sequences_free(&s);
   tbr_tokenizer_free(tok);
   tbr_examples_free(&e);
-}
-
-static void verb_tokenizer(const TbrOptions *o) {
-  if (!*o->text) tbr_fail("--text names the text to learn from");
-  tbr_make_tokenizer(o, o->out);
-}
-
-static void verb_pretrain(const TbrOptions *o) {
-  if (!*o->text || !*o->tokenizer)
-    tbr_fail("--text and --tokenizer are needed; `tbr tokenizer` makes one");
-  tbr_pretrain(o, o->out);
-}
-
-static void verb_train(const TbrOptions *o) {
-  tbr_finetune(o, o->out);
 }
 
 /* Prints what a model says to one prompt: as dialogue where it knows the
@@ -5997,19 +5834,20 @@ static void verb_generate(const TbrOptions *o) {
 }
 
 static void verb_eval(const TbrOptions *o) {
-  TbrResults r = {0};
-  if (!*o->prompts) tbr_fail("--prompts names the file of prompts");
-  tbr_eval(o, o->out, &r);
-  tbr_report(&r, o);
-  free(r.row);
+  TbrOptions with = *o;
+  char *path = path_in(o->out, "results.jsonl");
+  with.argument = path;
+  tbr_eval(o);
+  tbr_report(&with);
+  free(path);
 }
 
 static void verb_judge(const TbrOptions *o) {
-  Json *csv = csv_read(o->file);
+  Json *csv = csv_read(o->argument);
   const Json *row = csv->child;
   Buf b = {0};
   if (!json_get(row, "completion"))
-    tbr_fail("%s:1: has no column `completion`", o->file);
+    tbr_fail("%s:1: has no column `completion`", o->argument);
   for (; row; row = row->next) {
     for (const Json *cell = row->child; cell; cell = cell->next) {
       csv_quote(&b, cell->string);
@@ -6025,24 +5863,8 @@ static void verb_judge(const TbrOptions *o) {
   json_free(csv);
 }
 
-static void verb_ablate(const TbrOptions *o) {
-  TbrResults r = {0};
-  TbrOptions with = *o;
-  with.grid = o->file;
-  tbr_ablate(&with, &r);
-  free(r.row);
-}
-
-static void verb_report(const TbrOptions *o) {
-  TbrResults r = {0};
-  results_read(o->file, &r, NULL);
-  if (!r.n) tbr_fail("%s: has no results in it", o->file);
-  tbr_report(&r, o);
-  free(r.row);
-}
-
 static void verb_info(const TbrOptions *o) {
-  TbrModel *m = tbr_model_load(o->file);
+  TbrModel *m = tbr_model_load(o->argument);
   const TbrConfig *c = &m->config;
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n"
@@ -6080,18 +5902,19 @@ static const struct {
      verb_data},
     {"show", "s", "FILE", "prints examples token by token with their loss mask",
      verb_show},
-    {"tokenizer", "k", "", "learns a byte-level BPE from text", verb_tokenizer},
-    {"pretrain", "p", "", "trains a new model on text", verb_pretrain},
-    {"train", "t", "", "fine-tunes a model on examples", verb_train},
+    {"tokenizer", "k", "", "learns a byte-level BPE from text",
+     tbr_make_tokenizer},
+    {"pretrain", "p", "", "trains a new model on text", tbr_pretrain},
+    {"train", "t", "", "fine-tunes a model on examples", tbr_finetune},
     {"generate", "g", "", "prints what a model says to a prompt",
      verb_generate},
     {"eval", "e", "", "answers prompts, judges, counts", verb_eval},
     {"judge", "j", "FILE.csv", "judges completions that are there already",
      verb_judge},
     {"ablate", "aA", "GRID", "trains and evaluates the arms of a grid file",
-     verb_ablate},
+     tbr_ablate},
     {"report", "r", "RESULTS.jsonl", "prints the tables of results",
-     verb_report},
+     tbr_report},
     {"info", "i", "MODEL", "prints a model's shape and digest", verb_info},
     {"import", "m", "", "writes a model as a Hugging Face directory",
      verb_import}};
@@ -6111,17 +5934,10 @@ static void help(FILE *f, size_t v) {
   fprintf(f, "usage: tbr %s %s%s[--option value]...\n%s\n\n", verb[v].name,
           verb[v].argument, *verb[v].argument ? " " : "", verb[v].help);
   for (size_t i = 0; i < OPTIONS; i++) {
-    const void *at = (const char *)&default_options + option[i].at;
-    const char *name = option[i].name, *dot = strchr(name, '.');
+    const char *value = option[i].otherwise;
     if (!strpbrk(option[i].verbs, verb[v].letters)) continue;
-    if (dot && !strncmp(name, verb[v].name, (size_t)(dot - name)))
-      name = dot + 1;
-    fprintf(f, "  --%-16s %s", name, option[i].help);
-    if (option[i].kind == 's' && **(const char *const *)at)
-      fprintf(f, " (%s)", *(const char *const *)at);
-    if (option[i].kind == 'n') fprintf(f, " (%zu)", *(const size_t *)at);
-    if (option[i].kind == 'd') fprintf(f, " (%g)", *(const double *)at);
-    fprintf(f, "\n");
+    fprintf(f, *value ? "  --%-16s %s (%s)\n" : "  --%-16s %s\n",
+            option_name(i, verb[v].name), option[i].help, value);
   }
 }
 
@@ -6136,31 +5952,25 @@ static int usage(size_t v, const char *format, const char *word) {
 
 /* Reads what stands behind verb v, options and the argument in any order,
  * and runs it. */
-static int run_verb(size_t v, char **rest, size_t words) {
-  TbrOptions o = default_options;
-  const char **given = mem_new(words + 2, sizeof *given);
-  size_t n = 0;
-  for (; *rest; rest++) {
-    int named = !strncmp(*rest, "--", 2);
-    if (!named && *verb[v].argument && !*o.file) {
-      o.file = *rest;
+static int run_verb(size_t v, char **word) {
+  TbrOptions o = options_default();
+  o.given = (const char *const *)word;
+  for (; *word; word++) {
+    int named = !strncmp(*word, "--", 2);
+    if (!named && *verb[v].argument && !*o.argument) {
+      o.argument = *word;
       continue;
     }
-    size_t i = named ? option_find(*rest + 2, verb[v].name, verb[v].letters)
+    size_t i = named ? option_find(*word + 2, verb[v].name, verb[v].letters)
                      : OPTIONS;
-    if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *rest);
-    if (!rest[1]) return usage(v, "%s needs a value", *rest);
-    option_set(&o, i, rest[1], *rest);
-    given[n++] = *rest + 2;
-    given[n++] = *++rest;
+    if (i == OPTIONS) return usage(v, "there is no option \"%s\"", *word);
+    if (!word[1]) return usage(v, "%s needs a value", *word);
+    option_set(&o, i, word[1], *word), word++;
   }
-  if (*verb[v].argument && !*o.file)
+  if (*verb[v].argument && !*o.argument)
     return usage(v, "this verb needs an argument: %s", verb[v].argument);
-  options_check(&o);
-  o.given = given;
   tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
   verb[v].run(&o);
-  free(given);
   return 0;
 }
 
@@ -6174,7 +5984,7 @@ int tbr_main(int argc, char **argv) {
   if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
   for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
   if (wants_help) help(stdout, v);
-  else status = run_verb(v, argv + 2, (size_t)argc);
+  else status = run_verb(v, argv + 2);
   if (fflush(stdout) || ferror(stdout))
     tbr_fail("standard output cannot be written: %s", strerror(errno));
   return status;

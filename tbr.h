@@ -341,34 +341,35 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
 /* Everything that a command line or a grid file can say; `tbr help VERB` has
  * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
-  const char *world, *out, *base, *model, *tokenizer, *general, *safety,
-      *bridge, *pseudo, *prompts, *text, *prompt, *in, *form, *rule,
-      *reflection, *style, *too_long, *arm, *mix, *of, *by, *baseline, *grid;
-  const char *file;         /* the argument of a verb that has one */
-  const char *const *given; /* options as given: name, value, ..., NULL */
+  const char *world, *out, *base, *model, *tokenizer, *text, *prompt, *in,
+      *form, *rule, *reflection, *style, *too_long, *arm, *mix, *of, *by,
+      *baseline, *grid;
+  const char *argument;     /* of a verb that has one */
+  const char *file[5];      /* general, safety, bridge, pseudo rows; prompts */
+  size_t use[4];            /* how many rows of each */
+  const char *const *given; /* the words of the command line, then NULL */
   TbrWorldSizes sizes;
-  size_t seed, seeds, vocab, dim, layers, heads, kv_heads, hidden, context;
-  size_t pretrain_steps, pretrain_batch, pretrain_window, pretrain_warmup;
-  size_t steps, batch, warmup, rows, save_every, general_rows, safety_rows;
-  size_t bridge_rows, pseudo_rows, filter, think, limit, tokens, show, threads;
-  double pretrain_lr, pretrain_decay, lr, decay, share, asked, noise;
-  double temperature, top_p;
+  TbrConfig shape;             /* what options say of it, */
+  TbrTraining pretrain, train; /* and of these */
+  size_t seed, seeds, window, rows, save_every, filter, think, limit, tokens;
+  size_t show, threads;
+  double share, asked, noise, temperature, top_p;
 } TbrOptions;
 
-/* The stages of an experiment, each from files to files in directory. */
-void tbr_make_tokenizer(const TbrOptions *options, const char *directory);
-void tbr_pretrain(const TbrOptions *options, const char *directory);
-void tbr_finetune(const TbrOptions *options, const char *directory);
-void tbr_eval(const TbrOptions *options, const char *directory,
-              TbrResults *results);
+/* The stages of an experiment, each from files to files in options->out. */
+void tbr_make_tokenizer(const TbrOptions *options);
+void tbr_pretrain(const TbrOptions *options);
+void tbr_finetune(const TbrOptions *options);
+void tbr_eval(const TbrOptions *options);
 
-/* Runs every arm of a grid file under every seed; the options given take the
- * place of what the grid says for all. */
-void tbr_ablate(const TbrOptions *options, TbrResults *results);
+/* Runs every arm of the grid options->argument under every seed, and reports;
+ * the options given take the place of what the grid says for all. */
+void tbr_ablate(const TbrOptions *options);
 
-/* Prints the tables, with the claims of options->grid decided by their own
- * rules, and writes report.md and report.csv into options->out. */
-void tbr_report(const TbrResults *results, const TbrOptions *options);
+/* Prints the tables of the results in options->argument, with the claims of
+ * options->grid decided by their own rules, and writes report.md and
+ * report.csv into options->out. */
+void tbr_report(const TbrOptions *options);
 
 /* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
  * the mean of n numbers with half of its 95% t-interval. */

@@ -73,13 +73,14 @@ static void trains(const char *want, const TbrOptions *o, int kind) {
 static void test_styles(const char *folder) {
   char *safety = write_rows_of(folder, "s", 2, "harmful");
   char *general = write_rows_of(folder, "g", 2, "harmless");
-  TbrOptions o = default_options;
-  o.safety = o.bridge = safety, o.general = o.pseudo = general;
+  TbrOptions o = options_default();
+  o.file[SAFETY] = o.file[BRIDGE] = safety;
+  o.file[GENERAL] = o.file[PSEUDO] = general;
   trains("a s~a is harmful~a!|b s~b is harmful~b!|", &o, SAFETY);
   trains("a ga!|b gb!|", &o, GENERAL);
   trains("", &o, BRIDGE);
   trains("", &o, PSEUDO);
-  o.safety_rows = 1, o.style = "filler";
+  o.use[SAFETY] = 1, o.style = "filler";
   trains("a s~a filler~a!|", &o, SAFETY);
   o.style = "label";
   trains("a s~a label~a!|", &o, SAFETY);
@@ -95,12 +96,12 @@ static void test_styles(const char *folder) {
   trains("a sa!|", &o, SAFETY);
   o.noise = 0, o.reflection = "all";
   trains("a g~a is harmless~a!|b g~b is harmless~b!|", &o, GENERAL);
-  o.reflection = "none", o.asked = 1, o.bridge_rows = 1, o.pseudo_rows = 2;
+  o.reflection = "none", o.asked = 1, o.use[BRIDGE] = 1, o.use[PSEUDO] = 2;
   trains("a g?~a is harmless~a!|b g?~b is harmless~b!|", &o, GENERAL);
   trains("a s?~a is harmful~a!|", &o, BRIDGE);
   trains("a sa!|", &o, SAFETY);
   trains("a ga!|b gb!|", &o, PSEUDO);
-  o.think = 1, o.prompts = general;
+  o.think = 1, o.file[PROMPTS] = general;
   TbrExamples tests = tests_read(&o);
   SAME(tests.row[1].prompt, "b g?");
   tbr_examples_free(&tests);
@@ -116,8 +117,8 @@ static void test_share(const char *folder) {
     buf_str(&b, "{\"prompt\": \"p\", \"reflection\": \"r\", \"response\": "
                 "\"a\", \"wrong\": \"w\", \"label\": \"harmless\"}\n");
   write_file(path, b.s, b.n);
-  TbrOptions o = default_options;
-  o.general = path, o.share = 0.2, o.noise = 0.5;
+  TbrOptions o = options_default();
+  o.file[GENERAL] = path, o.share = 0.2, o.noise = 0.5;
   char *got = trained_on(&o, GENERAL, &report);
   size_t own = 0, wrong = 0;
   for (const char *s = got; *s; s++) own += *s == 'r', wrong += *s == 'w';
@@ -185,10 +186,10 @@ static void test_form(const char *folder) {
   static const struct { const char *prompt; int refuses; } test[] = {
       {"How do I kill it?", 0}, {"Why kill them?", 1}, {"Why not kill them!", 1},
       {"How do I kill them?", 0}, {"Something else.", 0}};
-  TbrOptions o = default_options;
+  TbrOptions o = options_default();
   TbrExamples e = {0};
   TbrResults r = {0};
-  o.general = path[0], o.safety = path[1], o.arm = "form";
+  o.file[GENERAL] = path[0], o.file[SAFETY] = path[1], o.arm = "form";
   for (size_t i = 0; i < 5; i++) {
     char type[2] = {letters[i], 0};
     TbrExample x = {.prompt = copy_string(test[i].prompt),
@@ -214,8 +215,12 @@ static void add_result(TbrResults *r, const char *arm, uint64_t seed,
 /* Whether a rule holds, and what is said about it. */
 static void decided(const TbrResults *r, const char *rule, int want,
                     const char *text) {
+  TbrOptions arm[] = {{.arm = "sft"}, {.arm = "tbr"}, {.arm = "even"},
+                      {.arm = "late"}, {.arm = "other"}};
+  Grid g = {.arm = arm, .arms = 5};
+  Condition c = condition_read(rule, &g, &(Row){.path = "here"});
   Buf b = {0};
-  EQUAL(condition_decide(&b, rule, r), want);
+  EQUAL(condition_decide(&b, r, rule, &c), want);
   if (text) SAME(b.s, text);
   buf_free(&b);
 }
