@@ -4676,6 +4676,8 @@ static const struct {
   {"share", 'p', AT(share), "0", "ta", "and on this share of general ones"},
   {"style", 'w', AT(style), "own",
    "ta", "of reflections: own reworded internal filler shuffled label"},
+  {"lead-temperature", 'd', AT(lead_temperature), "1", "ta",
+   "at which internal ones are drawn"},
   {"noise", 'p', AT(noise), "0", "ta", "share of wrong verdicts"},
   {"filter", 'n', AT(filter), "0", "ta", "1: drop rows whose verdict is wrong"},
   {"asked", 'p', AT(asked), "0", "ta", "share of general ones asked to think"},
@@ -4899,9 +4901,10 @@ static void end_at_verdict(char *text) {
  * it goes on with behind their leads, up to a verdict (internal rationales of
  * the paper, section 3). */
 static void reflect_internally(const Pair *p, TbrExamples *e, size_t n,
-                               uint64_t seed) {
+                               const TbrOptions *o) {
   int32_t bos = tbr_special(p->tok, "<|bos|>");
-  TbrSampling o = {0, 1, 96, {bos, tbr_special(p->tok, "<|eos|>")}, seed};
+  int32_t eos = tbr_special(p->tok, "<|eos|>");
+  TbrSampling how = {o->lead_temperature, 1, 96, {bos, eos}, o->seed};
   TbrTokens *prompt = mem_new(n, sizeof *prompt);
   for (size_t i = 0; i < n; i++) {
     if (!e->row[i].lead)
@@ -4910,7 +4913,7 @@ static void reflect_internally(const Pair *p, TbrExamples *e, size_t n,
     if (bos >= 0) tokens_add(&prompt[i], bos);
     tokens_text(&prompt[i], p->tok, e->row[i].lead);
   }
-  TbrTokens *said = tbr_generate(p->model, prompt, n, &o, "reflect");
+  TbrTokens *said = tbr_generate(p->model, prompt, n, &how, "reflect");
   for (size_t i = 0; i < n; i++) {
     char *text = tbr_decode(p->tok, said[i].id, said[i].n, NULL);
     end_at_verdict(text);
@@ -4941,7 +4944,7 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
   other = mem_new(e.n, sizeof *other); /* whose reflection, if shuffled */
   for (size_t i = 0; i < e.n; i++) other[order[i]] = order[(i + 1) % e.n];
   if (!strcmp(style, "internal") && share > 0)
-    reflect_internally(p, &e, n, o->seed);
+    reflect_internally(p, &e, n, o);
   for (size_t i = 0; i < n; i++) {
     TbrExample row = e.row[i];
     double by_share = rng_uniform(&rng), by_asked = rng_uniform(&rng);

@@ -353,7 +353,7 @@ typedef struct {
   TbrTraining pretrain, train; /* and of these */
   size_t seed, seeds, window, rows, save_every, filter, think, limit, tokens;
   size_t show, threads;
-  double share, asked, noise, temperature, top_p;
+  double share, lead_temperature, asked, noise, temperature, top_p;
 } TbrOptions;
 
 /* The stages of an experiment, each from files to files in options->out. */

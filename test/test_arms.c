@@ -151,7 +151,7 @@ static void test_internal(const char *folder) {
   char *path = write_rows_of(folder, "i", 3, "harmful");
   Pair p = blank();
   TbrExamples e = tbr_examples_read(path);
-  reflect_internally(&p, &e, 2, 0);
+  reflect_internally(&p, &e, 2, &(TbrOptions){0});
   TbrTokens prompt = {0};
   tokens_add(&prompt, tbr_special(p.tok, "<|bos|>"));
   tokens_text(&prompt, p.tok, "b");
