@@ -947,8 +947,8 @@ static Json *json_value(JsonReader *r, int depth) {
   return v;
 }
 
-/* The one value that text holds; text[n] must be 0 or a line end. Its first
- * line is first_line of path, which must stay as long as the value. */
+/* The one value that text holds; text[n] must be 0 or a line end. path, whose
+ * line first_line this is, must stay as long as the value. */
 static Json *json_parse(const char *text, size_t n, const char *path,
                         size_t first_line) {
   JsonReader r = {text, text + n, text, path, first_line};
@@ -1659,10 +1659,9 @@ void tbr_tokenizer_add_marks(TbrTokenizer *t) {
 
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
   TbrTokenizer *t = mem_new(1, sizeof *t);
-  if (vocab < 262 || vocab > INT32_MAX - 1)
-    tbr_fail("a vocabulary of %zu tokens; at least 262 are needed: 6 special "
-             "ones and every byte", vocab);
-  if (!n) tbr_fail("there is no text to learn a tokenizer from: it is empty");
+  if (vocab < 262 || vocab > INT32_MAX - 1 || !n)
+    tbr_fail("a tokenizer of %zu tokens from %zu bytes of text; at least 262 "
+             "(6 marks and each byte) and some text are needed", vocab, n);
   tbr_tokenizer_add_marks(t);
   for (int i = 0; i < 256; i++)
     token_add(t, TEXT, &(char){(char)i}, 1, "a tokenizer");
@@ -1830,8 +1829,7 @@ static TbrTokenizer *load_bin(const char *path) {
     n = (size_t)(head >> 32), at += 8;
     if (n > 256 || at + n > size || (score & 0x7f800000u) == 0x7f800000u)
       tbr_fail("%s: token %zu at byte %zu should be a finite score, a length "
-               "of at most 256, and as many bytes (is the file truncated?)",
-               path, id, at - 8);
+               "up to 256 and its bytes (truncated?)", path, id, at - 8);
     order = mem_grow(order, &cap, id + 1, sizeof *order);
     score = score >> 31 ? score : 0x7fffffffu - score;
     order[id] = (uint64_t)score << 32 | id;
@@ -3765,8 +3763,7 @@ void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
  * A negative vocabulary says that the classifier has weights of its own. */
 enum { BIN_HEADER = 28 };
 
-/* Reads the header; fails unless the file is just as long as that says,
- * before anything as large is allocated. */
+/* Reads the header; fails unless the file is just as long as that says. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path) {
   static const size_t place[7] = {1, 2, 3, 4, 5, 0, 7}; /* in config_size */
   TbrConfig c = {.rope_theta = 10000, .norm_eps = 1e-5, .tied = 1};

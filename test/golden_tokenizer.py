@@ -26,7 +26,8 @@ int main(int argc, char **argv) {
     free(s);
   } else {
     t = tbr_tokenizer_load(argv[2], 0);
-    for (int i = 4; i < argc; i++) tbr_tokenizer_add_special(t, argv[i]);
+    for (int i = 4; i < argc; i++)
+      token_add(t, SPECIAL, argv[i], strlen(argv[i]), argv[2]);
     if (!strcmp(argv[1], "save")) tbr_tokenizer_save(t, argv[3]);
     Json *j = !strcmp(argv[1], "encode") ? json_read("-") : NULL;
     for (Json *v = j ? j->child : NULL; v; v = v->next) {

@@ -387,8 +387,9 @@ static void test_byte_level(void) {
   FAILS(tbr_token(t, 290, NULL), "does not exist");
   FAILS(tbr_token(t, -1, NULL), "does not exist");
   FAILS(token_add(t, SPECIAL, "<think>", 7, "f"), "f: token ");
-  FAILS(tbr_tokenizer_train("", 0, 261), "at least 262");
-  FAILS(tbr_tokenizer_train("", 0, 300), "no text to learn");
+  FAILS(tbr_tokenizer_train("", 0, 261),
+        "261 tokens from 0 bytes of text; at least 262");
+  FAILS(tbr_tokenizer_train("", 0, 300), "0 bytes of text; at least");
   TbrTokenizer *empty = tbr_tokenizer_train("a", 1, 300);
   CHECK(tbr_tokenizer_vocab(empty) == 262);
   round_trip(empty, text, strlen(text));
@@ -431,7 +432,8 @@ static void test_byte_level(void) {
       {"\"t\":122", "\"\\n\":122", "byte alphabet"},
       {"\"t\":122", "\"tttttt\":122", "make a third"},
       {"\"t h\"", "\"t q\"", "make a third"},
-      {"\"t h\"", "\"th\"  ", "a merge should be"}, {"\"t h\"", "7    ", "a merge should be"},
+      {"\"t h\"", "\"th\"  ", "a merge should be"},
+      {"\"t h\"", "7    ", "a merge should be"},
       {"\"special\":true", "\"special\":null", "added tokens \"special\""}};
   for (volatile size_t i = 0; i < sizeof change / sizeof *change; i++) {
     char *at = strstr(good, change[i][0]);
@@ -480,6 +482,7 @@ static Buf small_bin(int bytes) {
 }
 
 static void test_pieces(void) {
+  static const char words[] = "token 0 at byte 4 should be";
   Buf b = small_bin(256);
   TbrTokenizer *t = tbr_tokenizer_load(put("t.bin", b.s, b.n), 0);
   CHECK(tbr_tokenizer_vocab(t) == 274);
@@ -538,13 +541,13 @@ static void test_pieces(void) {
                                  "\0\0\1"};
   for (volatile size_t i = 0; i < 3; i++) {
     memcpy(b.s + 8, lies[i], 4);
-    FAILS(tbr_tokenizer_load(put("lie.bin", b.s, b.n), 0), "token 0 at byte 4 should be");
+    FAILS(tbr_tokenizer_load(put("lie.bin", b.s, b.n), 0), words);
   }
   memcpy(b.s + 8, "\1\1\0\0", 4);
-  FAILS(tbr_tokenizer_load(put("lie.bin", b.s, b.n), 0), "token 0 at byte 4 should be");
+  FAILS(tbr_tokenizer_load(put("lie.bin", b.s, b.n), 0), words);
   memcpy(b.s + 8, "\5\0\0\0", 4);
   memcpy(b.s + 4, "\0\0\xc0\x7f", 4);
-  FAILS(tbr_tokenizer_load(put("nan.bin", b.s, b.n), 0), "token 0 at byte 4 should be");
+  FAILS(tbr_tokenizer_load(put("nan.bin", b.s, b.n), 0), words);
   buf_free(&b);
   b = small_bin(255);
   FAILS(tbr_tokenizer_load(put("twice.bin", b.s, b.n), 0), "is there twice");

@@ -117,8 +117,8 @@ static void test_neighbours(void) {
   TbrModel *m = random_model(4, 2, 0);
   TbrSequences all = random_batch();
   TbrActs *a = tbr_acts_new(m, all.tokens);
-  real *z = mem_raw(all.tokens * VOCAB, sizeof *z), *alone = mem_raw(all.tokens * VOCAB,
-                                                               sizeof *z);
+  real *z = mem_raw(all.tokens * VOCAB, sizeof *z);
+  real *alone = mem_raw(all.tokens * VOCAB, sizeof *z);
   double sum = 0, loss = tbr_loss(m, a, &all, NULL, 0);
   tbr_logits(m, a, &all, z);
   for (size_t s = 0; s < all.n; s++) {
