@@ -5027,8 +5027,9 @@ static void grid_arm(Grid *g, char *line, const Row *at) {
 /* Reads a grid; the options among the given words take the place of what the
  * file says for all. */
 static Grid grid_read(const char *path, const char *const *given) {
-  Grid g = {.text = read_file(path, NULL), .shared = options_default()};
-  Row at = {.path = path};
+  Grid g = {.text = read_file(path, NULL), .shared = options_default(),
+            .claims = {.path = path}};
+  Row at = g.claims;
   for (char *next = g.text, *line; (line = take_line(&at, &next)) != NULL;) {
     line[strcspn(line, "#")] = 0;
     if (!strncmp(line, "claim ", 6)) {
@@ -5851,7 +5852,7 @@ void tbr_report(const TbrOptions *o) {
     Buf b = {0};
     buf_str(&b, "\tclaim\t\trule, and what was found");
     for (size_t i = 0; i < g.claims.n; i++)
-      claim_decide(&b, r, &g, g.claims.at[i], NULL);
+      claim_decide(&b, r, &g, g.claims.at[i], &g.claims);
     if (g.claims.n) add_table(&to, &b);
     buf_free(&b), grid_free(&g);
   }

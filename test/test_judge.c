@@ -113,9 +113,9 @@ static void test_counts(void) {
   EQUAL(r.row[0].count[TBR_NEITHER], 1u);
   EQUAL(r.row[0].count[TBR_REFLECTED], 1u);
   SAME(r.row[2].label, "unknown");
-  EQUAL(total(&r, "arm", "harmful", NULL, UINT64_MAX, TBR_N), 3u);
-  EQUAL(total(&r, "arm", "harmful", "x", 2, TBR_N), 1u);
-  EQUAL(total(&r, "arm", "harmful", "y", 2, TBR_N), 0u);
+  EQUAL(total(&r, "arm", UINT64_MAX, "harmful", NULL).count[TBR_N], 3u);
+  EQUAL(total(&r, "arm", 2, "harmful", "x").count[TBR_N], 1u);
+  EQUAL(total(&r, "arm", 2, "harmful", "y").count[TBR_N], 0u);
   free(r.row);
 }
 
