@@ -4747,38 +4747,6 @@ static size_t option_find(const char *name, const char *verb,
 
 /* ---- grids ------------------------------------------------------------- */
 
-/* The rates: their letters in claims, the table that they are in, and what of
- * which prompts is counted. */
-static const struct {
-  const char *code;
-  int table;
-  const char *title, *label;
-  size_t count;
-} rate_column[] = {
-    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
-    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
-    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
-    {"GE", 0, "general exact", "harmless", TBR_EXACT},
-    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
-    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
-     TBR_AGAINST_ITSELF},
-    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
-    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
-    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
-
-enum { RATES = sizeof rate_column / sizeof *rate_column };
-
-/* A condition of a claim: the sum of one rate of some arms, each times its
- * factor, is above or below a bound. */
-enum { MOST_TERMS = 16 };
-typedef struct { double factor; const char *arm; } Term;
-typedef struct {
-  size_t rate, terms;
-  Term term[MOST_TERMS];
-  double bound;
-  int above;
-} Condition;
-
 /* A grid file: lines `option = value` that hold for all arms, then lines
  * `arm NAME option=value ...` and `claim NAME | TEXT | RULE`. */
 typedef struct {
@@ -4837,8 +4805,9 @@ static void grid_arm(Grid *g, char *line, const Row *at) {
 /* Reads a grid; the options among the given words take the place of what the
  * file says for all. */
 static Grid grid_read(const char *path, const char *const *given) {
-  Grid g = {.text = read_file(path, NULL), .shared = options_default()};
-  Row at = {.path = path};
+  Grid g = {.text = read_file(path, NULL), .shared = options_default(),
+            .claims = {.path = path}};
+  Row at = g.claims;
   for (char *next = g.text, *line; (line = take_line(&at, &next)) != NULL;) {
     line[strcspn(line, "#")] = 0;
     if (!strncmp(line, "claim ", 6)) {
@@ -4865,10 +4834,7 @@ static void grid_free(Grid *g) {
 /* ---- one cell of a grid ------------------------------------------------ */
 
 /* A model with its tokenizer, ready for dialogue. */
-typedef struct {
-  TbrModel *model;
-  TbrTokenizer *tok;
-} Pair;
+typedef struct { TbrModel *model; TbrTokenizer *tok; } Pair;
 
 static void pair_free(Pair *p) {
   tbr_model_free(p->model);
@@ -5430,6 +5396,27 @@ static void add_table(Report *r, Buf *b) {
   buf_free(b);
 }
 
+/* The rates: their letters in claims, the table that they are in, and what of
+ * which prompts is counted. */
+static const struct {
+  const char *code;
+  int table;
+  const char *title, *label;
+  size_t count;
+} rate_column[] = {
+    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
+    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
+    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
+    {"GE", 0, "general exact", "harmless", TBR_EXACT},
+    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
+    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
+     TBR_AGAINST_ITSELF},
+    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
+    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
+    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
+
+enum { RATES = sizeof rate_column / sizeof *rate_column };
+
 /* The counts of an arm and a label, summed over its lines; any seed if that is
  * ANY_SEED, any type if that is NULL. */
 #define ANY_SEED UINT64_MAX
@@ -5464,6 +5451,17 @@ static int first_of(const TbrResults *r, size_t i, int field) {
       return 0;
   return 1;
 }
+
+/* A condition of a claim: the sum of one rate of some arms, each times its
+ * factor, is above or below a bound. */
+enum { MOST_TERMS = 16 };
+typedef struct { double factor; const char *arm; } Term;
+typedef struct {
+  size_t rate, terms;
+  Term term[MOST_TERMS];
+  double bound;
+  int above;
+} Condition;
 
 /* Mean and half t-interval over seeds of a condition's sum; returns under how
  * many of them every arm has that rate. */
@@ -5663,7 +5661,7 @@ void tbr_report(const TbrOptions *o) {
     Buf b = {0};
     buf_str(&b, "\tclaim\t\trule, and what was found");
     for (size_t i = 0; i < g.claims.n; i++)
-      claim_decide(&b, r, &g, g.claims.at[i], NULL);
+      claim_decide(&b, r, &g, g.claims.at[i], &g.claims);
     if (g.claims.n) add_table(&to, &b);
     buf_free(&b), grid_free(&g);
   }
