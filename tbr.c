@@ -3729,7 +3729,7 @@ static TbrConfig config_read(const char *path) {
 }
 
 void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
-                    int32_t eos) {
+                    int32_t eos, const char *training) {
   const TbrConfig *c = &m->config;
   char *weights = path_in(directory, "model.safetensors");
   Buf b = {0};
@@ -3752,8 +3752,11 @@ void tbr_model_save(const TbrModel *m, const char *directory, int32_t bos,
   buf_printf(&b, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n", (long)bos,
              (long)eos);
   write_in(directory, "generation_config.json", b.s, b.n);
-  st_write(weights, "{\"format\": \"pt\"}", m->tensor, m->n_tensors,
-           &(Block){"", m->param}, 1);
+  buf_clear(&b);
+  buf_str(&b, "{\"format\": \"pt\"");
+  if (training) json_field(&b, "training", training);
+  buf_char(&b, '}');
+  st_write(weights, b.s, m->tensor, m->n_tensors, &(Block){"", m->param}, 1);
   buf_free(&b), free(weights);
 }
 
@@ -3929,7 +3932,7 @@ static void adamw(const TbrModel *model, real *m, real *v, const real *grad,
 
 typedef struct {
   TbrModel *model;
-  real *grad, *m, *v;
+  real *grad, *m, *v; /* AdamW's moments m and v */
   size_t step;
   Buf log;       /* the lines of log.csv */
   char mark[17]; /* what is trained on what, as a hash */
@@ -3961,11 +3964,9 @@ static void trainer_mark(Trainer *t, const TbrTraining *o,
 /* Weights, moments, step and log go into one file. */
 static const char state_file[] = "optimizer.safetensors";
 
-static void trainer_save(const Trainer *t) {
+static void trainer_save(const Trainer *t, const Block block[3]) {
   const TbrModel *m = t->model;
   char step[24], *path = path_in(t->directory, state_file);
-  Block block[] = {{"weight.", m->param}, {"moment1.", t->m},
-                   {"moment2.", t->v}};
   Buf b = {0};
   snprintf(step, sizeof step, "%zu", t->step);
   buf_char(&b, '{');
@@ -3977,59 +3978,36 @@ static void trainer_save(const Trainer *t) {
   buf_free(&b), free(path);
 }
 
-/* Goes on from the state if it is of this very training. */
-static void trainer_resume(Trainer *t) {
-  char *path = path_in(t->directory, state_file);
+/* Takes what a file of the directory holds, if it is of this very training;
+ * returns whether it is. */
+static int trainer_load(Trainer *t, const char *file, const Block *block,
+                        size_t n_blocks) {
+  char *path = path_in(t->directory, file);
   SafeTensors *st = file_exists(path) ? st_open(path) : NULL;
   const Json *is = st ? json_get(st->header, "__metadata__") : NULL;
-  if (!strcmp(json_string(is, "training", ""), t->mark)) {
-    Block block[] = {
-        {"weight.", t->model->param}, {"moment1.", t->m}, {"moment2.", t->v}};
-    st_read(st, t->model->tensor, t->model->n_tensors, block, 3);
+  int own = !strcmp(json_string(is, "training", ""), t->mark);
+  if (own) {
+    st_read(st, t->model->tensor, t->model->n_tensors, block, n_blocks);
     t->step = (size_t)strtoull(json_string(is, "step", "0"), NULL, 10);
     buf_clear(&t->log);
     buf_str(&t->log, json_string(is, "log", ""));
-    fprintf(stderr, "tbr: %s: going on from step %zu\n", t->directory, t->step);
   } else if (st) {
     fprintf(stderr, "tbr: %s: is of another training; starting over\n", path);
   }
   if (st) st_close(st);
   free(path);
+  return own;
 }
 
-/* Takes the weights if this very training has already ended here. */
-static int trainer_done(Trainer *t) {
-  char *path = path_in(t->directory, "trainer_state.json");
-  Json *json = file_exists(path) ? json_read(path) : NULL;
-  int done = json && !strcmp(json_string(json, "training", ""), t->mark);
-  json_free(json);
-  if (!done) remove(path); /* it would vouch for weights yet to come */
-  free(path);
-  if (!done) return 0;
-  TbrModel *m = tbr_model_load(t->directory);
-  if (m->n_params != t->model->n_params)
-    tbr_fail("%s: the model is not the one that trainer_state.json is about",
-             t->directory);
-  memcpy(t->model->param, m->param, m->n_params * sizeof(real));
-  tbr_model_free(m);
-  fprintf(stderr, "tbr: %s: is trained already\n", t->directory);
-  return 1;
-}
-
-/* Writes model, tokenizer and log, and last the note that all is done. */
+/* Writes tokenizer, log and at last the model, which says that all is done. */
 static void trainer_finish(const Trainer *t, const TbrTokenizer *tok) {
   char *path = path_in(t->directory, state_file);
-  Buf b = {0};
-  tbr_model_save(t->model, t->directory, tbr_special(tok, "<|bos|>"),
-                 tbr_special(tok, "<|eos|>"));
   tbr_tokenizer_save(tok, t->directory);
   write_in(t->directory, "log.csv", t->log.s, t->log.n);
-  buf_printf(&b, "{\"training\": \"%s\", \"global_step\": %zu}\n", t->mark,
-             t->step);
-  write_in(t->directory, "trainer_state.json", b.s, b.n);
+  tbr_model_save(t->model, t->directory, tbr_special(tok, "<|bos|>"),
+                 tbr_special(tok, "<|eos|>"), t->mark);
   remove(path);
   free(path);
-  buf_free(&b);
 }
 
 /* ---- the loop ---------------------------------------------------------- */
@@ -4129,11 +4107,19 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   Order order = {NULL, 0, s->n, o->seed};
   double loss = 0;
   trainer_mark(&t, o, s);
-  if (directory && trainer_done(&t)) return 0;
   buf_str(&t.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   t.grad = mem_new(n, sizeof(real));
   t.m = mem_new(n, sizeof(real)), t.v = mem_new(n, sizeof(real));
-  if (directory) make_directory(directory), trainer_resume(&t);
+  const Block block[] = {{"", model->param}, {"moment1.", t.m},
+                         {"moment2.", t.v}};
+  if (directory && trainer_load(&t, "model.safetensors", block, 1)) {
+    fprintf(stderr, "tbr: %s: is trained already\n", directory);
+    t.step = o->steps, directory = NULL;
+  } else if (directory) {
+    make_directory(directory);
+    if (trainer_load(&t, state_file, block, 3))
+      fprintf(stderr, "tbr: %s: going on from step %zu\n", directory, t.step);
+  }
   TbrActs *acts = tbr_acts_new(model, rows);
   Progress bar = {label, "tokens", o->steps, 1, 0, 0};
   for (size_t start = t.step, all = 0; t.step < o->steps;) {
@@ -4145,7 +4131,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
     progress(&bar, t.step, note);
     if (directory && o->save_every && t.step % o->save_every == 0 &&
         t.step < o->steps)
-      trainer_save(&t);
+      trainer_save(&t, block);
   }
   if (directory) trainer_finish(&t, tok);
   tbr_acts_free(acts);
@@ -4301,8 +4287,8 @@ static int32_t choose(const real *z, size_t n, const TbrSampling *o,
 
 /* What one slot is doing. */
 typedef struct {
-  size_t prompt, past; /* which prompt; tokens in the cache */
-  int busy;
+  TbrTokens *said; /* the answer so far; NULL: the slot is free */
+  size_t past;     /* tokens in the cache */
   Rng rng;
 } Slot;
 
@@ -4314,8 +4300,7 @@ typedef struct {
   TbrTokens *answer;
   const TbrSampling *o;
   Slot slot[SLOTS];
-  size_t used[SLOTS]; /* the slot of each span */
-  size_t next, done;  /* prompts given to a slot; prompts answered */
+  size_t next, done; /* prompts given to a slot; prompts answered */
   int32_t *id;
   Span *spans;
 } Round;
@@ -4328,23 +4313,21 @@ static size_t round_gather(Round *r, size_t *rows) {
     Slot *slot = &r->slot[s];
     const int32_t *from;
     size_t len;
-    if (slot->busy) {
-      const TbrTokens *said = &r->answer[slot->prompt];
-      from = said->id + said->n - 1;
+    if (slot->said) {
+      from = slot->said->id + slot->said->n - 1;
       len = 1;
     } else if (r->next < r->n_prompts) {
       from = r->prompt[r->next].id;
       len = r->prompt[r->next].n;
       if (*rows && *rows + len > r->d->acts->rows - SLOTS) continue;
-      *slot = (Slot){r->next, 0, 1,
+      *slot = (Slot){&r->answer[r->next], 0,
                      rng_stream(r->o->seed, FOR_SAMPLING, r->next)};
       r->next++;
     } else {
       continue;
     }
     memcpy(r->id + *rows, from, len * sizeof *from);
-    r->spans[n] = (Span){*rows, len, slot->past, s};
-    r->used[n++] = s;
+    r->spans[n++] = (Span){*rows, len, slot->past, s};
     *rows += len;
   }
   return n;
@@ -4354,17 +4337,14 @@ static size_t round_gather(Round *r, size_t *rows) {
 static void round_choose(Round *r, size_t n) {
   size_t vocab = r->d->model->config.vocab;
   for (size_t i = 0; i < n; i++) {
-    Slot *slot = &r->slot[r->used[i]];
-    TbrTokens *said = &r->answer[slot->prompt];
+    Slot *slot = &r->slot[r->spans[i].slot];
     int32_t id = choose(r->d->logits + i * vocab, vocab, r->o, &slot->rng);
     slot->past += r->spans[i].n;
     int stop = id == r->o->stop[0] || id == r->o->stop[1];
-    if (!stop) tokens_add(said, id);
-    if (stop || said->n >= r->o->tokens ||
-        slot->past >= r->d->cache.length) {
-      slot->busy = 0;
-      r->done++;
-    }
+    if (!stop) tokens_add(slot->said, id);
+    if (stop || slot->said->n >= r->o->tokens ||
+        slot->past >= r->d->cache.length)
+      slot->said = NULL, r->done++;
   }
 }
 
@@ -5881,7 +5861,7 @@ static void verb_info(const TbrOptions *o) {
 static void verb_import(const TbrOptions *o) {
   Pair p = pair_load(o->base, o->tokenizer);
   tbr_model_save(p.model, o->out, tbr_special(p.tok, "<|bos|>"),
-                 tbr_special(p.tok, "<|eos|>"));
+                 tbr_special(p.tok, "<|eos|>"), NULL);
   tbr_tokenizer_save(p.tok, o->out);
   pair_free(&p);
 }

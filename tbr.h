@@ -236,10 +236,11 @@ void tbr_model_init(TbrModel *model, uint64_t seed);
 void tbr_model_free(TbrModel *model);
 
 /* Reads a Hugging Face directory (config.json, model.safetensors), or
- * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>. */
+ * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
+ * with the mark of the training that made the model (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
-                    int32_t eos);
+                    int32_t eos, const char *training);
 
 /* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;

@@ -121,7 +121,7 @@ static void test_ten_steps(TbrModel *m, const TbrSequences *s,
   TbrTraining t = {.steps = 10, .batch = s->n, .rows = 1000, .warmup = 3,
                    .cosine = 1, .lr = 1e-2, .last = 0.1, .beta1 = 0.9,
                    .beta2 = 0.98, .eps = 1e-8, .decay = 0.1, .clip = 0.7};
-  char *state = path_in(directory, "trainer_state.json");
+  char *state = path_in(directory, "model.safetensors");
   remove(state);
   tbr_train(m, tok, s, &t, directory, "golden");
   compare_all(m, m->param, "after.", 1e-5);

@@ -258,7 +258,9 @@ static real *interrupted(const char *directory, const TbrTokenizer *tok,
   buf_str(&t.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   for (; t.step < before; t.step++) train_step(&t, a, o, &s, &order, &tokens);
   make_directory(directory);
-  trainer_save(&t);
+  const Block block[] = {
+      {"", t.model->param}, {"moment1.", t.m}, {"moment2.", t.v}};
+  trainer_save(&t, block);
   tbr_model_init(m, 1); /* the process is killed; a new one starts */
   tbr_train(m, tok, &s, o, directory, "again");
   memcpy(w, m->param, n * sizeof *w);
@@ -289,7 +291,7 @@ static void test_resume(const char *folder) {
   for (size_t before = 0; before < t.steps; before += 4) {
     char *name = format_string("resume-%zu", before);
     char *directory = path_in(folder, name);
-    char *state = path_in(directory, "trainer_state.json");
+    char *state = path_in(directory, "model.safetensors");
     remove(state);
     real *got = interrupted(directory, tok, &t, before);
     BITS(got, want, m->n_params);
@@ -313,7 +315,7 @@ static void test_other_size(const char *folder) {
   TbrConfig c = m->config;
   c.hidden *= 40;
   TbrModel *large = tbr_model_new(&c);
-  tbr_model_save(large, directory, 0, 1);
+  tbr_model_save(large, directory, 0, 1, NULL);
   TbrSequences s = some_sequences(20);
   real *want = trained(1, &t);
   check_said[0] = 0;
