@@ -161,6 +161,8 @@ static void test_internal(const char *folder) {
   char *text = tbr_decode(p.tok, said->id, said->n, NULL);
   SAME(e.row[1].reflection, trim(text));
   SAME(e.row[2].reflection, "c is harmful");
+  reflect_internally(&p, &e, 2, &(TbrOptions){.lead_temperature = 1});
+  CHECK(strcmp(e.row[1].reflection, trim(text))); /* drawn, not the likeliest */
   free(text), free(path);
   tbr_answers_free(said, 1);
   free(prompt.id);
