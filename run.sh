@@ -7,8 +7,8 @@
 set -eu
 cd "$(dirname "$0")"
 make --silent tbr
-# Threads that wait leave the processor to other programs, if there are any.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# Threads of gcc's OpenMP that wait soon leave the processor to other programs.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 case ${1:-main} in
   main) exec ./tbr ablate data/main.grid --seeds "${SEEDS:-1}" --out out ;;
   full | sizes) exec ./tbr ablate "data/$1.grid" --out "out/$1" ;;
