@@ -4636,7 +4636,7 @@ static const struct {
   {"grid", 's', AT(grid), "", "r", "grid file whose claims are to be decided"},
   {"rule", 'w', AT(rule), "xstest", "eja", "to judge by: xstest arditi"},
   {"seed", 'n', AT(seed), "0", "dptgeA", "of all that is random"},
-  {"seeds", 'n', AT(seeds), "1", "A", "how many seeds, from --seed on"},
+  {"seeds", 'n', AT(seeds), "1", "aA", "how many seeds, from --seed on"},
   {"vocab", 'n', AT(shape.vocab), "1536", "kab", "tokens in the vocabulary"},
   {"dim", 'n', AT(shape.dim), "96", "pab", "width of the model"},
   {"layers", 'n', AT(shape.layers), "3", "pab", "layers of the model"},
@@ -4782,8 +4782,11 @@ static void grid_arm(Grid *g, char *line, const Row *at) {
             "option=value ...`");
   if (grid_find(g, word)) fail_at(at, "there is an arm \"%s\" already", word);
   while ((word = strtok(NULL, " \t"))) grid_set(&o, word, "a", at);
-  if (*o.of && (!grid_find(g, o.of) || *grid_find(g, o.of)->of))
-    fail_at(at, "of=%s should name an arm above that is trained", o.of);
+  const TbrOptions *of = grid_find(g, o.of);
+  if (*o.of && (!of || *of->of || of->seeds < o.seeds))
+    fail_at(at, "of=%s should name an arm above that is trained, under as "
+            "many seeds", o.of);
+  if (!o.seeds) fail_at(at, "seeds must be at least 1");
   g->arm = mem_grow(g->arm, &g->cap, g->arms + 1, sizeof *g->arm);
   g->arm[g->arms++] = o;
 }
@@ -5304,21 +5307,23 @@ static TbrOptions cell_of(const TbrOptions *arm, const TbrOptions *shared,
 void tbr_ablate(const TbrOptions *options) {
   Grid g = grid_read(options->argument, options->given);
   TbrOptions *o = &g.shared;
-  size_t cells = o->seeds * g.arms;
-  if (!cells) tbr_fail("%s: seeds must be at least 1", options->argument);
-  TbrOptions *cell = mem_new(cells, sizeof *cell);
-  TbrOptions **job = mem_new(cells, sizeof *job);
-  size_t n = 0;
+  size_t seeds = 0, cells = 0, n = 0;
+  for (size_t i = 0; i < g.arms; i++)
+    seeds = g.arm[i].seeds > seeds ? g.arm[i].seeds : seeds;
+  TbrOptions *cell = mem_new(times(seeds, g.arms), sizeof *cell);
+  TbrOptions **job = mem_new(seeds * g.arms, sizeof *job);
   Buf results = {0};
-  for (size_t i = 0; i < cells; i++) {
+  for (size_t i = 0; i < seeds * g.arms; i++) {
     const TbrOptions *arm = &g.arm[i % g.arms];
     int base = !*arm->base; /* which no other cell makes */
-    cell[i] = cell_of(arm, o, o->seed + i / g.arms);
+    if (i / g.arms >= arm->seeds) continue;
+    cell[cells] = cell_of(arm, o, o->seed + i / g.arms);
     for (size_t k = 0; k < n; k++)
-      base = base && strcmp(job[k]->base, cell[i].base);
-    if (base) job[n++] = &cell[i];
+      base = base && strcmp(job[k]->base, cell[cells].base);
+    if (base) job[n++] = &cell[cells];
+    cells++;
   }
-  for (size_t s = o->seed; *o->world && s < o->seed + o->seeds; s++) {
+  for (size_t s = o->seed; *o->world && s < o->seed + seeds; s++) {
     char *data = format_string("%s/seed-%zu/data", o->out, s);
     tbr_world_make(o->world, s, &o->sizes, data);
     free(data);
@@ -5596,7 +5601,7 @@ static int condition_decide(Buf *b, const TbrResults *r, const char *text,
   size_t n = over_seeds(r, c, &mean, &half);
   double more = c->above ? mean - c->bound : c->bound - mean;
   buf_str(b, text);
-  if (n > 1) buf_printf(b, " (%.3f +- %.3f)", mean, half);
+  if (n > 1) buf_printf(b, " (%.3f +- %.3f, %zu seeds)", mean, half, n);
   return n < 2 ? 0 : more > half ? 1 : more < -half ? -1 : 0;
 }
 

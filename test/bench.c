@@ -117,16 +117,17 @@ static void machine(void) {
             "see \"If it is slow\" in README.md\n");
 }
 
-/* train: `batch` windows of `tokens`, `steps` times; decode and evaluate:
- * `batch` prompts of `prompt` tokens, up to 32 of them together in decode,
+/* train: `batch` windows of `tokens`, `steps` times, at most `rows` tokens at
+ * a time, which is what activations take memory for; decode and evaluate:
+ * `batch` prompts of `rows` tokens, up to 32 of them together in decode,
  * answered with `tokens` each. */
 static const struct {
   const char *name, *kind;
-  size_t dim, layers, heads, hidden, vocab, batch, tokens, steps, prompt;
+  size_t dim, layers, heads, hidden, vocab, batch, tokens, steps, rows;
 } workload[] = {
-    {"train-default", "train", 96, 3, 4, 256, 1536, 8, 96, 40, 0},
-    {"train-288", "train", 288, 6, 6, 768, 4096, 4, 256, 4, 0},
-    {"train-768", "train", 768, 12, 12, 2048, 32000, 4, 256, 1, 0},
+    {"train-default", "train", 96, 3, 4, 256, 1536, 8, 96, 40, 768},
+    {"train-288", "train", 288, 6, 6, 768, 4096, 4, 256, 4, 1024},
+    {"train-768", "train", 768, 12, 12, 2048, 32000, 4, 256, 1, 256},
     {"decode-15M-1", "decode", 288, 6, 6, 768, 32000, 1, 256, 0, 1},
     {"decode-15M-8", "decode", 288, 6, 6, 768, 32000, 8, 128, 0, 1},
     {"decode-15M-32", "decode", 288, 6, 6, 768, 32000, 32, 64, 0, 1},
@@ -134,8 +135,8 @@ static const struct {
     {"evaluate-default", "evaluate", 96, 3, 4, 256, 1536, 450, 40, 0, 24}};
 
 /* Tokens a second of forward, backward and AdamW, without the first step. */
-static double training(TbrModel *m, size_t batch, size_t window,
-                       size_t steps) {
+static double training(TbrModel *m, size_t batch, size_t window, size_t steps,
+                       size_t rows) {
   TbrSequences s = {0};
   Rng rng = rng_stream(1, FOR_ORDER, 0);
   int32_t *id = mem_new(window + 1, sizeof *id);
@@ -144,7 +145,7 @@ static double training(TbrModel *m, size_t batch, size_t window,
       id[j] = (int32_t)rng_below(&rng, m->config.vocab);
     tbr_sequences_add(&s, id, id + 1, window);
   }
-  TbrTraining o = {.steps = 1, .batch = batch, .rows = batch * window,
+  TbrTraining o = {.steps = 1, .batch = batch, .rows = rows,
                    .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.98, .eps = 1e-8,
                    .clip = 1};
   double t = now(), once;
@@ -184,13 +185,14 @@ static void run(const char *name) {
   if (i == all) tbr_fail("there is no workload \"%s\"", name);
   size_t dim = workload[i].dim, heads = workload[i].heads;
   size_t batch = workload[i].batch, tokens = workload[i].tokens;
+  size_t steps = workload[i].steps, rows = workload[i].rows;
   TbrConfig c = {workload[i].vocab, dim, workload[i].layers, heads, heads,
                  dim / heads, workload[i].hidden, 512, 10000, 1e-5, 1};
   TbrModel *m = tbr_model_new(&c);
   tbr_model_init(m, 1);
   int train = !strcmp(workload[i].kind, "train");
-  figure(name, train ? training(m, batch, tokens, workload[i].steps)
-                     : decoding(m, batch, tokens, workload[i].prompt),
+  figure(name, train ? training(m, batch, tokens, steps, rows)
+                     : decoding(m, batch, tokens, rows),
          "tokens/s");
 #ifndef _WIN32
   struct rusage u;
@@ -199,7 +201,7 @@ static void run(const char *name) {
 #endif
   if (train)
     figure("  predicted",
-           (double)tbr_training_bytes(m, batch * tokens) / 1048576, "MiB");
+           (double)tbr_training_bytes(m, rows) / 1048576, "MiB");
   tbr_model_free(m);
 }
 

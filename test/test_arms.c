@@ -237,14 +237,16 @@ static void test_claims(void) {
     if (s) add_result(&r, "late", s, "pseudo-harmful", 100, 5);
   }
   /* differences .70 .70 .64: mean .68, deviation .0346, t(2) 4.3027 */
-  decided(&r, "FR sft - tbr > 0", 1, "FR sft - tbr > 0 (0.680 +- 0.086)");
+  decided(&r, "FR sft - tbr > 0", 1,
+          "FR sft - tbr > 0 (0.680 +- 0.086, 3 seeds)");
   decided(&r, "FR tbr - sft > 0", -1, NULL);
   decided(&r, "FR sft - tbr < 0", -1, NULL);
   decided(&r, "FR sft - even > 0", 0, NULL);
   decided(&r, "FR sft - tbr > 0.6", 0, NULL); /* .594 is the lower end */
   decided(&r, "FR 0.5 sft + 0.5 tbr - even < -0.2", 1, NULL);
   decided(&r, "FR even > 0.79", 1, NULL); /* always the same */
-  decided(&r, "FR sft - late > 0", 1, "FR sft - late > 0 (0.750 +- 0.254)");
+  decided(&r, "FR sft - late > 0", 1,
+          "FR sft - late > 0 (0.750 +- 0.254, 2 seeds)");
   decided(&r, "TR sft - tbr > 0", 0, "TR sft - tbr > 0"); /* no prompts */
   decided(&r, "FR sft - other > 0", 0, "FR sft - other > 0");
   char csv[] = "arm\tx, y\na\t1";

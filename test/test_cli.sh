@@ -94,6 +94,10 @@ printf 'arm a seed=3\n' >bad.grid
 status 1 'bad.grid:1: seed holds for all arms' "$TBR" ablate bad.grid --out none
 printf 'arm a of=b\narm b\n' >bad.grid
 status 1 'bad.grid:1: of=b should name an arm above' "$TBR" ablate bad.grid --out none
+printf 'seeds = 2\narm a seeds=1\narm b of=a\n' >bad.grid
+status 1 'bad.grid:3: of=a should name an arm above that is trained, under as many seeds' "$TBR" ablate bad.grid --out none
+printf 'arm a seeds=0\n' >bad.grid
+status 1 'bad.grid:1: seeds must be at least 1' "$TBR" ablate bad.grid --out none
 printf 'arm a safety=no.jsonl\n' >bad.grid
 status 1 'no.jsonl: cannot be opened; arm a names it as safety' "$TBR" ablate bad.grid --out none
 for claim in 'x' 'x | y' 'x | y | FR a' 'x | y | FR a > b' 'x | y | XX a > 0' 'x | y | FR a > 0 & FR'; do
@@ -234,10 +238,11 @@ arm none safety=none
 arm sft reflection=none
 arm tbr reflection=safety
 arm asked of=tbr think=1
-arm ignorant mix=ignorant
+arm ignorant mix=ignorant seeds=1
 arm form by=form
 claim a | what is hardly trained refuses nothing | FR none < 0.5 & FR form - form < 1
 claim b | it refuses | FR form - form < 1 & FR none > 0.5
+claim c | one seed that both arms have decides nothing | FR ignorant - none < 2
 END
 sed 's/out = a1/out = a2/' tiny.grid >tiny2.grid
 status 0 '' "$TBR" ablate tiny.grid --world "$here/../data" --seeds 2 --threads 1
@@ -256,10 +261,11 @@ cmp -s a1/seed-0/tbr/model.safetensors a1/seed-0/sft/model.safetensors && fail '
 grep -q '"prompt": "[^"]*\(look at\|think about\|consider\|weigh\)' a1/seed-0/asked/completions.jsonl && pass ||
   fail 'think=1 does not ask'
 cmp -s a1/seed-0/base/model.safetensors a1/seed-0/base-*/model.safetensors && fail 'the ignorant base is the other one' || pass
+[ -d a1/seed-0/ignorant ] && [ ! -e a1/seed-1/ignorant ] && pass || fail 'an arm with seeds=1 ran under others'
 for words in 'arm less sft' 'false/true refusal, by seed' 'claim'; do
   grep -q "^|.* $words" a1/report.md && pass || fail "report.md has no table of $words"
 done
-is "$(sed -n 's/^| [ab] |[^|]*| \([a-z ]*[a-z]\) .*/\1/p' a1/report.md | tr '\n' ,)" 'holds,does not hold,' 'claims'
+is "$(sed -n 's/^| [abc] |[^|]*| \([a-z ]*[a-z]\) .*/\1/p' a1/report.md | tr '\n' ,)" 'holds,does not hold,not decided,' 'claims'
 [ -f a1/report.md ] && pass || fail 'the report is not where the grid says: out = a1'
 is "$(grep -c . a1/results.jsonl)" "$(grep -c '"n": [0-9]' a1/results.jsonl)" 'lines of results with a count'
 
