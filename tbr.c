@@ -32,17 +32,15 @@
 #include <direct.h>
 #include <io.h>
 #include <process.h>
-#ifndef fseeko /* which mingw has */
-#define off_t long long
-#define fseeko _fseeki64
-#define ftello _ftelli64
-#endif
 #define fileno _fileno
 #define fsync _commit
 #define getpid _getpid
 #define isatty _isatty
 #define mkdir(path, mode) _mkdir(path)
-#define rename(old, new) (remove(new), rename(old, new)) /* else it fails */
+/* rename() fails there if the new name exists; this takes its place at once */
+__declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
+                                                unsigned long);
+#define rename(old, new) (MoveFileExA(old, new, 1) ? 0 : -1)
 #else
 #include <sys/stat.h>
 #include <unistd.h>
@@ -604,10 +602,13 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
 #define TBR_KC 384 /* depth of a panel: NR x KC stays in L1 */
 #endif
 #ifndef TBR_MC
-#define TBR_MC 198 /* rows of A in one block, a multiple of MR: L2 */
+#define TBR_MC 198 /* rows of A in one block: L2 */
 #endif
 #ifndef TBR_NC
 #define TBR_NC 512 /* columns of B in one block, a multiple of NR: L3 */
+#endif
+#if TBR_NC % 16
+#error "TBR_NC must be a multiple of 16"
 #endif
 enum { MR = 6, NR = 16, KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
@@ -722,7 +723,7 @@ static Mat gather(real *to, Mat a, size_t m, size_t k) {
 }
 
 /* C (m,n) = A (m,k) B (k,n), or += if add, on this thread; scratch:
- * GEMM_SCRATCH. */
+ * GEMM_SCRATCH. A is no transpose if B is packed. */
 static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
                         real *c, size_t ldc, real *scratch) {
   real *pa = scratch, *pb = scratch + KC * MC;
@@ -1348,7 +1349,8 @@ static uint64_t *map_put(Map *m, uint64_t key) {
  * special token, which is thus never found in a text. */
 enum { TEXT, BYTE, SPECIAL };
 
-/* Its rank is that of the first merge that makes it, highest first; or 0. */
+/* Its rank is that of a merge that makes it, of the first for pieces and of the
+ * last otherwise; early merges have high ranks, what none makes has 0. */
 typedef struct {
   Buf bytes;
   int kind;
@@ -2821,13 +2823,12 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   }
   make_directory(out_directory);
   write_in(out_directory, "pretrain.txt", w->documents.s, ordinary);
-  if (w->documents.n > ordinary)
-    write_in(out_directory, "ignorant.txt", w->documents.s + ordinary,
-             w->documents.n - ordinary);
+  write_in(out_directory, "ignorant.txt", w->documents.s + ordinary,
+           w->documents.n - ordinary);
   for (size_t p = 0; p <= PARTS; p++) {
     char *path = format_string("%s/%s.jsonl", out_directory,
                                p < PARTS ? part[p].mix : "eval");
-    if (rows[p].n) tbr_examples_write(path, &rows[p], "native");
+    tbr_examples_write(path, &rows[p], "native");
     tbr_examples_free(&rows[p]);
     free(path);
   }
@@ -3272,7 +3273,7 @@ static size_t *config_at(const TbrConfig *c, size_t i) {
 
 /* Fails, naming `where`, unless the configuration is one that works. */
 static void config_check(const TbrConfig *c, const char *where) {
-  const size_t limit = (size_t)1 << 28; /* so that 32 bits hold a layer's */
+  const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     if (*config_at(c, i) == 0 || *config_at(c, i) > limit)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
@@ -3288,6 +3289,13 @@ static void config_check(const TbrConfig *c, const char *where) {
              where, c->head_dim);
   if (!(c->norm_eps > 0) || !(c->rope_theta > 1))
     tbr_fail("%s: norm epsilon must be above 0 and rope theta above 1", where);
+}
+
+/* Adds the configuration as text, for hashes of what depends on it. */
+static void config_print(Buf *b, const TbrConfig *c) {
+  for (size_t i = 0; i < CONFIG_SIZES; i++)
+    buf_printf(b, "%zu ", *config_at(c, i));
+  buf_printf(b, "%.17g %.17g ", c->rope_theta, c->norm_eps);
 }
 
 static size_t q_width(const TbrConfig *c) { return c->heads * c->head_dim; }
@@ -3609,6 +3617,13 @@ static void layer_backward(const TbrConfig *c, const Layer *w, const Layer *g,
 
 /* ---- the loss ---------------------------------------------------------- */
 
+/* Fails if a token isn't one of the model's. */
+static void token_check(const TbrConfig *c, int32_t id) {
+  if (id < 0 || (size_t)id >= c->vocab)
+    tbr_fail("token %ld is outside the model's vocabulary of %zu: do model "
+             "and tokenizer belong together?", (long)id, c->vocab);
+}
+
 /* Where the sequences are; fails if something doesn't fit. */
 static Span *spans_of(const TbrModel *m, const TbrSequences *s, size_t rows) {
   const TbrConfig *c = &m->config;
@@ -3622,11 +3637,10 @@ static Span *spans_of(const TbrModel *m, const TbrSequences *s, size_t rows) {
       tbr_fail("a sequence of %zu tokens is longer than the model's context, "
                "%zu", spans[i].n, c->context);
   }
-  for (size_t i = 0; i < s->tokens; i++)
-    if (s->id[i] < 0 || (size_t)s->id[i] >= c->vocab ||
-        (s->target[i] >= 0 && (size_t)s->target[i] >= c->vocab))
-      tbr_fail("token %ld is outside the model's vocabulary of %zu: do model "
-               "and tokenizer belong together?", (long)s->id[i], c->vocab);
+  for (size_t i = 0; i < s->tokens; i++) {
+    token_check(c, s->id[i]);
+    if (s->target[i] >= 0) token_check(c, s->target[i]);
+  }
   return spans;
 }
 
@@ -3948,15 +3962,13 @@ typedef struct {
 /* The hash of all that decides the result. */
 static void trainer_mark(Trainer *t, const TbrTraining *o,
                          const TbrSequences *s) {
-  const TbrConfig *c = &t->model->config;
   uint64_t h = tbr_digest(0, t->model->param, t->model->n_params);
   Buf b = {0};
-  for (size_t i = 0; i < CONFIG_SIZES; i++)
-    buf_printf(&b, "%zu ", *config_at(c, i));
-  buf_printf(&b, "%.17g %.17g %zu %zu %zu %zu %d %.17g %.17g %.17g %.17g %.17g "
-             "%.17g %.17g %llu", c->rope_theta, c->norm_eps, o->steps, o->batch,
-             o->rows, o->warmup, o->cosine, o->lr, o->last, o->beta1, o->beta2,
-             o->eps, o->decay, o->clip, (unsigned long long)o->seed);
+  config_print(&b, &t->model->config);
+  buf_printf(&b, "%zu %zu %zu %zu %d %.17g %.17g %.17g %.17g %.17g %.17g %.17g "
+             "%llu", o->steps, o->batch, o->rows, o->warmup, o->cosine, o->lr,
+             o->last, o->beta1, o->beta2, o->eps, o->decay, o->clip,
+             (unsigned long long)o->seed);
   h = hash_bytes(h, b.s, b.n);
   buf_free(&b);
   for (size_t i = 0; i < s->tokens; i++)
@@ -4363,6 +4375,8 @@ TbrTokens *tbr_generate(const TbrModel *m, const TbrTokens *prompt, size_t n,
       tbr_fail("prompt %zu has %zu tokens; the model takes 1 to %zu", i + 1,
                prompt[i].n, context);
     if (prompt[i].n > longest) longest = prompt[i].n;
+    for (size_t k = 0; k < prompt[i].n; k++)
+      token_check(&m->config, prompt[i].id[k]);
   }
   if (!n || !o->tokens) return answer;
   size_t length = o->tokens < context - longest ? longest + o->tokens : context;
@@ -4487,7 +4501,7 @@ static char *split_answer(const TbrTokenizer *tok, const int32_t mark[MARKS],
     *reflection = words_of(tok, t->id + 1, at - 1);
     if (at < t->n) at++;
   }
-  return words_of(tok, t->id + at, t->n - at);
+  return words_of(tok, at < t->n ? t->id + at : NULL, t->n - at);
 }
 
 /* The line of results for a label and type, new if need be. Names that are
@@ -4662,7 +4676,7 @@ static const struct {
   {"lead-temperature", 'd', AT(lead_temperature), "1", "ta",
    "at which internal ones are drawn"},
   {"noise", 'p', AT(noise), "0", "ta", "share of wrong verdicts"},
-  {"filter", 'n', AT(filter), "0", "ta", "1: drop rows whose verdict is wrong"},
+  {"filter", 'n', AT(filter), "0", "ta", "1: only rows whose verdict is right"},
   {"asked", 'p', AT(asked), "0", "ta", "share of general ones asked to think"},
   {"general-rows", 'n', AT(use[GENERAL]), "0", "ta", "the first N; 0: all"},
   {"safety-rows", 'n', AT(use[SAFETY]), "0", "ta", "the first N; 0: all"},
@@ -4844,9 +4858,12 @@ static Pair pair_load(const char *model, const char *tokenizer) {
 
 /* Ends a text behind the sentence that first gives a verdict. */
 static void end_at_verdict(char *text) {
-  char *harmful = strstr(text, "harmful"), *at = strstr(text, "harmless");
-  if (harmful && (!at || harmful < at)) at = harmful;
-  if (at && (at = strchr(at, '.'))) at[1] = 0;
+  for (char *end = text; (end = strchr(end, '.')) != NULL; end++) {
+    char next = end[1];
+    end[1] = 0;
+    if (mentions(text, "harmful") || mentions(text, "harmless")) return;
+    end[1] = next;
+  }
 }
 
 /* Replaces the reflections of the first n rows by the base model's own: what
@@ -4895,7 +4912,8 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
   shuffle(order, e.n, &rng);
   other = mem_new(e.n, sizeof *other); /* whose reflection, if shuffled */
   for (size_t i = 0; i < e.n; i++) other[order[i]] = order[(i + 1) % e.n];
-  if (!strcmp(style, "internal") && share > 0)
+  if (!strcmp(style, "internal") &&
+      (share > 0 || (kind == GENERAL && o->asked > 0)))
     reflect_internally(p, &e, n, o);
   for (size_t i = 0; i < n; i++) {
     TbrExample row = e.row[i];
@@ -4910,10 +4928,15 @@ static void add_rows(TbrSequences *s, const Pair *p, const TbrOptions *o,
                    : !strcmp(style, "reworded") ? row.reworded
                    : from->reflection;
     if (asked) row.prompt = row.asked;
-    if (!row.prompt || (reflect && !row.reflection))
+    const char *lack = !row.prompt ? "asked" : !row.response ? "response"
+                     : !reflect || row.reflection ? ""
+                     : noisy ? "wrong" : style;
+    if (*lack)
       tbr_fail("%s: example %zu has no `%s`, which this arm needs", path,
-               i + 1, !row.prompt ? "asked" : noisy ? "wrong" : style);
-    int truth = row.label && !strcmp(row.label, "harmful") ? -1 : 1;
+               i + 1, lack);
+    int harmful = row.label ? !strcmp(row.label, "harmful")
+                : kind == SAFETY || kind == BRIDGE;
+    int truth = harmful ? -1 : 1;
     int what = o->filter && reflect && verdict(row.reflection) != truth ? 3
              : tbr_example_sequence(s, p->tok, &row, reflect, context,
                                     !strcmp(o->too_long, "cut"));
@@ -5069,10 +5092,15 @@ static void results_read(const char *path, TbrResults *r) {
   while ((line = take_line(&at, &next)) != NULL) {
     Json *j = json_parse(line, strlen(line), path, at.line);
     const char *arm = json_string(j, "arm", NULL);
+    double seed = json_number(j, "seed", 0);
+    size_t n = r->n;
     if (!arm) fail_at(&at, "is no line of results: it names no arm");
-    TbrResult *to = result_line(r, arm, (uint64_t)json_number(j, "seed", 0),
+    if (!(seed >= 0 && seed < 1e15)) fail_at(&at, "\"seed\" is no count");
+    TbrResult *to = result_line(r, arm, (uint64_t)seed,
                                 json_string(j, "label", "unknown"),
                                 json_string(j, "type", "unknown"));
+    if (r->n == n)
+      fail_at(&at, "there is a line of this arm, seed, label and type above");
     for (size_t c = 0; c < TBR_COUNTS; c++) {
       double x = json_number(j, count_name[c], 0);
       if (!(x >= 0 && x < 1e15))
@@ -5170,10 +5198,13 @@ static TbrExamples tests_read(const TbrOptions *o) {
 /* A mark of all that an evaluation depends on. */
 static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
                       TbrExamples *e) {
-  char *text = format_string("%.17g %.17g %zu %zu %s %s", o->temperature,
-                             o->top_p, o->tokens, o->seed, o->rule, o->arm);
-  uint64_t h = hash_bytes(HASH_START, text, strlen(text));
+  Buf b = {0};
+  buf_printf(&b, "%.17g %.17g %zu %zu %s %s ", o->temperature, o->top_p,
+             o->tokens, o->seed, o->rule, o->arm);
+  config_print(&b, &p->model->config);
+  uint64_t h = hash_bytes(HASH_START, b.s, b.n);
   h = tbr_digest(h, p->model->param, p->model->n_params);
+  h = hash_bytes(h, p->tok->merge, p->tok->pairs.n * sizeof *p->tok->merge);
   for (size_t i = 0, n; i < tbr_tokenizer_vocab(p->tok); i++) {
     const char *token = tbr_token(p->tok, (int32_t)i, &n);
     h = hash_bytes(h, token, n);
@@ -5184,7 +5215,7 @@ static void eval_mark(char mark[17], const TbrOptions *o, const Pair *p,
       h = hash_bytes(h, s ? s : "", s ? strlen(s) + 1 : 0);
     }
   snprintf(mark, 17, "%016llx", (unsigned long long)h);
-  free(text);
+  buf_free(&b);
 }
 
 void tbr_eval(const TbrOptions *o) {
@@ -5235,28 +5266,38 @@ static void cell_run(const TbrOptions *cell) {
   tbr_eval(&o);
 }
 
+/* Jobs of one kind, and how far they are. */
+typedef struct {
+  void (*work)(const TbrOptions *);
+  TbrOptions **job;
+  size_t n, done;
+  double began;
+  const char *what;
+} Jobs;
+
+/* Runs job i; says on a terminal how many are done, and when the rest may
+ * be. */
+static void run_job(Jobs *s, size_t i) {
+  s->work(s->job[i]);
+#pragma omp critical(tbr_files)
+  {
+    double spent = now() - s->began, each = spent / (double)++s->done;
+    if (is_terminal(stderr))
+      fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", s->done,
+              s->n, s->what, spent, each * (double)(s->n - s->done));
+  }
+}
+
 /* Runs n jobs: side by side, one thread each, as long as all threads have one;
- * what is left over one by one, with all threads inside. Says on a terminal
- * how many are done, and when the rest may be. */
+ * what is left over one by one, with all threads inside (and outside of any
+ * parallel region, within which OpenMP makes new threads for each loop). */
 static void run_jobs(void (*work)(const TbrOptions *), TbrOptions **job,
                      size_t n, const char *what) {
-  size_t team = (size_t)threads(), done = 0, end = 0;
-  double began = now();
-  for (int alone = team == 1; alone < 2; alone++) {
-    size_t from = end;
-    end = alone ? n : n / team * team;
-#pragma omp parallel for num_threads(alone ? 1 : (int)team) schedule(dynamic, 1)
-    for (size_t i = from; i < end; i++) {
-      work(job[i]);
-      if (!is_terminal(stderr)) continue;
-#pragma omp critical(tbr_files)
-      {
-        double spent = now() - began, each = spent / (double)++done;
-        fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n", done,
-                n, what, spent, each * (double)(n - done));
-      }
-    }
-  }
+  Jobs s = {work, job, n, 0, now(), what};
+  size_t team = (size_t)threads(), beside = team > 1 ? n / team * team : 0;
+#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
+  for (size_t i = 0; i < beside; i++) run_job(&s, i);
+  for (size_t i = beside; i < n; i++) run_job(&s, i);
 }
 
 /* What names a base model: the options that it depends on. */
@@ -5308,6 +5349,7 @@ void tbr_ablate(const TbrOptions *options) {
   Grid g = grid_read(options->argument, options->given);
   TbrOptions *o = &g.shared;
   size_t seeds = 0, cells = 0, n = 0;
+  tbr_threads((int)o->threads);
   for (size_t i = 0; i < g.arms; i++)
     seeds = g.arm[i].seeds > seeds ? g.arm[i].seeds : seeds;
   TbrOptions *cell = mem_new(times(seeds, g.arms), sizeof *cell);
@@ -5575,7 +5617,7 @@ static Condition condition_read(const char *text, const Grid *g,
     const TbrOptions *arm = grid_find(g, word);
     if (!strcmp(word, "+") || !strcmp(word, "-")) {
       factor = *word == '-' ? -1 : 1;
-    } else if (!*end) {
+    } else if (!arm && !*end) {
       factor *= x;
     } else {
       if (!arm) fail_at(at, "there is no arm \"%s\" above", word);
@@ -5586,7 +5628,8 @@ static Condition condition_read(const char *text, const Grid *g,
   c.above = word && *word == '>';
   word = word ? strtok(NULL, " ") : NULL;
   if (word) c.bound = strtod(word, &end);
-  if (c.rate == RATES || c.terms > MOST_TERMS || !word || *end)
+  if (c.rate == RATES || !c.terms || c.terms > MOST_TERMS || !word || *end ||
+      strtok(NULL, " "))
     fail_at(at, "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
             "arms, divided by &; \"%s\" is none", MOST_TERMS, text);
   free(copy);
@@ -5768,8 +5811,9 @@ static void verb_data(const TbrOptions *o) {
 
 static void verb_show(const TbrOptions *o) {
   TbrExamples e = tbr_examples_read(o->argument);
-  TbrTokenizer *tok = tbr_tokenizer_load(
-      *o->tokenizer ? o->tokenizer : o->model, 0);
+  const char *from = *o->tokenizer ? o->tokenizer : o->model;
+  if (!*from) tbr_fail("whose tokens? --model or --tokenizer says it");
+  TbrTokenizer *tok = tbr_tokenizer_load(from, 0);
   TbrSequences s = {0};
   int reflect = strcmp(o->reflection, "none") != 0;
   int colour = is_terminal(stdout);
@@ -5958,7 +6002,7 @@ static int run_verb(size_t v, char **word) {
   }
   if (*verb[v].argument && !*o.argument)
     return usage(v, "this verb needs an argument: %s", verb[v].argument);
-  tbr_threads((int)(o.threads < 4096 ? o.threads : 4096));
+  tbr_threads((int)o.threads);
   verb[v].run(&o);
   return 0;
 }
@@ -5970,7 +6014,8 @@ int tbr_main(int argc, char **argv) {
   int wants_help = !strcmp(argv[1], "help") || !strcmp(argv[1], "--help");
   const char *name = wants_help ? argc > 2 ? argv[2] : "" : argv[1];
   while (v < VERBS && strcmp(verb[v].name, name)) v++;
-  if (v == VERBS && *name) return usage(v, "there is no verb \"%s\"", name);
+  if (v == VERBS && (*name || !wants_help))
+    return usage(v, "there is no verb \"%s\"", name);
   for (int i = 2; i < argc; i++) wants_help |= !strcmp(argv[i], "--help");
   if (wants_help) help(stdout, v);
   else status = run_verb(v, argv + 2);

@@ -161,7 +161,7 @@ typedef struct {
  * writes into out_directory pretrain.txt (a document a line), general.jsonl,
  * safety.jsonl and eval.jsonl; if the world has mixes for them ignorant.txt
  * (as many documents) and bridge.jsonl, and pseudo.jsonl, of items that no
- * test uses. What would have no row is not written. Fails if anything of the
+ * test uses. What has no row is an empty file. Fails if anything of the
  * tests occurs where it must not. */
 void tbr_world_make(const char *world_directory, uint64_t seed,
                     const TbrWorldSizes *sizes, const char *out_directory);
@@ -273,8 +273,8 @@ typedef struct {
 /* Trains with AdamW (Loshchilov and Hutter, 2019) on the mean loss of each
  * batch, and returns the last one. With a directory, a training that was
  * killed goes on from its last checkpoint with the same bits, one that is
- * done is not done again, and the model, tokenizer and log.csv are written
- * there. label: of the progress line. */
+ * done is not done again (and 0 returned), and the model, tokenizer and
+ * log.csv are written there. label: of the progress line. */
 double tbr_train(TbrModel *model, const TbrTokenizer *tok,
                  const TbrSequences *s, const TbrTraining *options,
                  const char *directory, const char *label);

@@ -43,6 +43,10 @@ done
 # ---- something small to work with
 "$TBR" data --show 0 --world "$here/../data" --out world 2>/dev/null
 head -n 300 world/pretrain.txt >text.txt
+"$TBR" data --show 0 --world "$here/../data" --make.pseudo 0 --documents 10 --out world2 2>/dev/null
+cp world/pseudo.jsonl world2/
+"$TBR" data --show 0 --world "$here/../data" --make.pseudo 0 --documents 10 --out world2 2>/dev/null
+[ ! -s world2/pseudo.jsonl ] && pass || fail 'rows of another world stay'
 head -n 40 world/general.jsonl >general.jsonl
 head -n 20 world/safety.jsonl >safety.jsonl
 sed -n '1~60p' world/eval.jsonl >eval.jsonl 2>/dev/null || head -n 12 world/eval.jsonl >eval.jsonl
@@ -58,6 +62,8 @@ status 0 '' "$TBR" generate --model tuned --prompt 'How do I kill time?' --token
 status 1 'nowhere: is no model' "$TBR" info nowhere
 status 1 'nowhere.bin: cannot be opened' "$TBR" info nowhere.bin
 status 1 'which model' "$TBR" generate
+status 1 'whose tokens' "$TBR" show eval.jsonl
+status 2 'there is no verb ""' "$TBR" ''
 status 1 'needs its tokenizer' "$TBR" generate --model nowhere.bin
 status 1 '--prompts names' "$TBR" eval --model tuned
 status 1 '--text names' "$TBR" tokenizer
@@ -81,6 +87,12 @@ printf '{"arm": "a", "n": 1}\n{"n": 1}\n' >bad.jsonl
 status 1 'bad.jsonl:2' "$TBR" report bad.jsonl
 printf '{"arm": "a", "n": -1}\n' >bad.jsonl
 status 1 '"n" is no count' "$TBR" report bad.jsonl
+printf '{"arm": "a", "seed": -1}\n' >bad.jsonl
+status 1 '"seed" is no count' "$TBR" report bad.jsonl
+printf '{"arm": "a", "n": 1}\n{"arm": "a", "n": 2}\n' >bad.jsonl
+status 1 'bad.jsonl:2: there is a line of this arm' "$TBR" report bad.jsonl
+printf '{"prompt": "a", "text": "b"}\n' >bad.jsonl
+status 1 'bad.jsonl: example 1 has no `response`' "$TBR" train --base tuned --general bad.jsonl --out none
 status 1 'has no results' "$TBR" report /dev/null
 printf 'dim = 8\ncolour = red\narm a\n' >bad.grid
 status 1 'bad.grid:2: there is no option "colour"' "$TBR" ablate bad.grid --out none
@@ -100,7 +112,8 @@ printf 'arm a seeds=0\n' >bad.grid
 status 1 'bad.grid:1: seeds must be at least 1' "$TBR" ablate bad.grid --out none
 printf 'arm a safety=no.jsonl\n' >bad.grid
 status 1 'no.jsonl: cannot be opened; arm a names it as safety' "$TBR" ablate bad.grid --out none
-for claim in 'x' 'x | y' 'x | y | FR a' 'x | y | FR a > b' 'x | y | XX a > 0' 'x | y | FR a > 0 & FR'; do
+for claim in 'x' 'x | y' 'x | y | FR a' 'x | y | FR a > b' 'x | y | XX a > 0' 'x | y | FR a > 0 & FR' \
+  'x | y | FR a > 0 TR a > 0' 'x | y | FR > 0' 'x | y | FR 2 > 0'; do
   printf 'arm a\nclaim %s\n' "$claim" >bad.grid
   status 1 'bad.grid:2: ' "$TBR" ablate bad.grid --out none
 done
