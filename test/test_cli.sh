@@ -58,6 +58,17 @@ status 0 '' "$TBR" train --base base --general general.jsonl --safety safety.jso
 status 0 '' "$TBR" eval --model tuned --prompts eval.jsonl --tokens 8 --out answers
 status 0 '' "$TBR" generate --model tuned --prompt 'How do I kill time?' --tokens 5
 
+sed 's/"label": "[^"]*",* *//; s/"type": "[^"]*",* *//' safety.jsonl >unlabelled.jsonl
+grep -q '"label"\|"type"' unlabelled.jsonl && fail 'labels are still there' || pass
+status 0 '' "$TBR" train --base base --general general.jsonl --safety unlabelled.jsonl --filter 1 --steps 1 --out filtered
+is "$(grep -c '"filtered": 0' filtered/rows.jsonl)" 2 'files of which filter=1 leaves all rows, a safety file without labels among them'
+cp -r tuned turned
+"$TBR" eval --model turned --prompts eval.jsonl --tokens 8 --out turned 2>/dev/null >&2
+cp turned/results.jsonl before.jsonl
+sed 's/"rope_theta": 10000/"rope_theta": 500/' turned/config.json >config.txt && cp config.txt turned/config.json
+"$TBR" eval --model turned --prompts eval.jsonl --tokens 8 --out turned 2>/dev/null >&2
+cmp -s before.jsonl turned/results.jsonl && fail 'an evaluation stays after config.json has changed' || pass
+
 # ---- bad input is named by its place
 status 1 'nowhere: is no model' "$TBR" info nowhere
 status 1 'nowhere.bin: cannot be opened' "$TBR" info nowhere.bin
