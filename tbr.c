@@ -56,14 +56,15 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
 #define omp_get_thread_num() 0
 #endif
 
-/* FETCH says what will be read soon; nothing but speed depends on it. */
+/* FETCH says what will be read or written soon, and how near to the core it
+ * should be; nothing but speed depends on it. */
 #if defined(__GNUC__) && !defined(__TINYC__)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
-#define FETCH(p, ahead) \
-  __builtin_prefetch((char *)((uintptr_t)(p) + (ahead)), 0, 2)
+#define FETCH(p, ahead, write, near) \
+  __builtin_prefetch((char *)((uintptr_t)(p) + (ahead)), write, near)
 #else
 #define ALWAYS_INLINE static inline
-#define FETCH(p, ahead) ((void)(p))
+#define FETCH(p, ahead, write, near) ((void)(p))
 #endif
 
 typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
@@ -602,7 +603,7 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
 #define TBR_KC 384 /* depth of a panel: NR x KC stays in L1 */
 #endif
 #ifndef TBR_MC
-#define TBR_MC 198 /* rows of A in one block: L2 */
+#define TBR_MC 200 /* rows of A in one block: L2 */
 #endif
 #ifndef TBR_NC
 #define TBR_NC 512 /* columns of B in one block, a multiple of NR: L3 */
@@ -610,7 +611,12 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
 #if TBR_NC % 16
 #error "TBR_NC must be a multiple of 16"
 #endif
-enum { MR = 6, NR = 16, KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
+#ifdef __AVX512F__
+enum { MR = 8 }; /* rows of a tile, which must fit into the registers */
+#else
+enum { MR = 6 };
+#endif
+enum { NR = 16, KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
 /* A matrix in memory: element (i, j) is at[i * row + j * column], so that a
@@ -632,20 +638,38 @@ static Mat transposed(const real *at, size_t row) {
   return m;
 }
 
+/* to[j][i] = at[i * step + j], i and j below NR. A perfect shuffle, which takes
+ * from both halves in turn, moves the highest bit of each index to the end;
+ * done for each of the four bits of i, that exchanges i and j. Compilers make
+ * wide permutations of it. */
+static void transpose_tile(real *to, const real *at, size_t step) {
+  enum { HALF = NR * NR / 2 };
+  real a[NR * NR], b[NR * NR];
+  for (size_t i = 0; i < NR; i++)
+    memcpy(a + i * NR, at + i * step, NR * sizeof *a);
+  for (size_t t = 0; t < HALF; t++) b[2 * t] = a[t], b[2 * t + 1] = a[HALF + t];
+  for (size_t t = 0; t < HALF; t++) a[2 * t] = b[t], a[2 * t + 1] = b[HALF + t];
+  for (size_t t = 0; t < HALF; t++) b[2 * t] = a[t], b[2 * t + 1] = a[HALF + t];
+  for (size_t t = 0; t < HALF; t++)
+    to[2 * t] = b[t], to[2 * t + 1] = b[HALF + t];
+}
+
 /* Copies wide x deep numbers into panels of NR, to[k][i]; `step` leads from one
  * i to the next, `along` from one k to the next. The last is filled up with
  * zeros. */
 static void pack(real *to, const real *at, size_t wide, size_t deep,
                  size_t step, size_t along) {
   for (size_t p = 0; p < wide; p += NR, at += NR * step, to += NR * deep) {
-    size_t n = wide - p < NR ? wide - p : NR;
+    size_t n = wide - p < NR ? wide - p : NR, k = 0;
     if (n < NR) memset(to, 0, NR * deep * sizeof *to);
-    if (n == NR && step == 1)
-      for (size_t k = 0; k < deep; k++)
+    if (n == NR && along == 1)
+      for (; k + NR <= deep; k += NR)
+        transpose_tile(to + k * NR, at + k, step);
+    for (; k < deep; k++)
+      if (n == NR && step == 1)
         memcpy(to + k * NR, at + k * along, NR * sizeof *to);
-    else
-      for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; k < deep; k++)
+      else
+        for (size_t i = 0; i < n; i++)
           to[k * NR + i] = at[i * step + k * along];
   }
 }
@@ -656,12 +680,13 @@ static void pack(real *to, const real *at, size_t wide, size_t deep,
 ALWAYS_INLINE void kernel_rows(size_t rows, size_t deep, const real *a,
                                size_t row, size_t column, const real *b,
                                int add, real *c, size_t ldc) {
-  real acc[MR][NR] = {{0}};
-  if (add)
-    for (size_t i = 0; i < rows; i++)
-      for (size_t j = 0; j < NR; j++) acc[i][j] = c[i * ldc + j];
+  real acc[8][NR];
+  for (size_t i = 0; i < rows; i++)
+    for (size_t j = 0; j < NR; j++) acc[i][j] = add ? c[i * ldc + j] : 0;
+  for (size_t i = 0; i < rows; i++) /* the next tile of c */
+    FETCH(c + i * ldc, rows * ldc * sizeof *c, 1, 3);
   for (size_t k = 0; k < deep; k++, b += NR) {
-    if (rows > 1) FETCH(b, NR * deep * sizeof *b); /* the next panel */
+    if (rows > 1) FETCH(b, NR * deep * sizeof *b, 0, 2); /* the next panel */
     for (size_t i = 0; i < rows; i++)
 #pragma omp simd
       for (size_t j = 0; j < NR; j++)
@@ -671,30 +696,32 @@ ALWAYS_INLINE void kernel_rows(size_t rows, size_t deep, const real *a,
     for (size_t j = 0; j < NR; j++) c[i * ldc + j] = acc[i][j];
 }
 
-/* The same for any number of rows up to MR. */
-static void micro_kernel(size_t rows, size_t deep, const real *a, size_t row,
-                         size_t column, const real *b, int add, real *c,
-                         size_t ldc) {
+/* The same for any number of rows up to MR, and at the edge of C, where only
+ * `columns` are real. */
+static void micro_kernel(size_t rows, size_t columns, size_t deep,
+                         const real *a, size_t row, size_t column,
+                         const real *b, int add, real *c, size_t ldc) {
+  if (columns < NR) {
+    real tile[MR * NR] = {0};
+    for (size_t i = 0; add && i < rows; i++)
+      memcpy(tile + i * NR, c + i * ldc, columns * sizeof *c);
+    micro_kernel(rows, NR, deep, a, row, column, b, add, tile, NR);
+    for (size_t i = 0; i < rows; i++)
+      memcpy(c + i * ldc, tile + i * NR, columns * sizeof *c);
+    return;
+  }
   switch (rows) {
   case 1: kernel_rows(1, deep, a, row, column, b, add, c, ldc); break;
   case 2: kernel_rows(2, deep, a, row, column, b, add, c, ldc); break;
   case 3: kernel_rows(3, deep, a, row, column, b, add, c, ldc); break;
   case 4: kernel_rows(4, deep, a, row, column, b, add, c, ldc); break;
   case 5: kernel_rows(5, deep, a, row, column, b, add, c, ldc); break;
-  default: kernel_rows(MR, deep, a, row, column, b, add, c, ldc);
+  case 6: kernel_rows(6, deep, a, row, column, b, add, c, ldc); break;
+  case 7: kernel_rows(7, deep, a, row, column, b, add, c, ldc); break;
+  default:
+    if (add) kernel_rows(MR, deep, a, row, column, b, 1, c, ldc);
+    else kernel_rows(MR, deep, a, row, column, b, 0, c, ldc);
   }
-}
-
-/* The micro-kernel at the edge of C, where only `columns` are real. */
-static void edge_kernel(size_t rows, size_t columns, size_t deep,
-                        const real *a, size_t row, size_t column,
-                        const real *b, int add, real *c, size_t ldc) {
-  real tile[MR * NR] = {0};
-  for (size_t i = 0; add && i < rows; i++)
-    memcpy(tile + i * NR, c + i * ldc, columns * sizeof *c);
-  micro_kernel(rows, deep, a, row, column, b, add, tile, NR);
-  for (size_t i = 0; i < rows; i++)
-    memcpy(c + i * ldc, tile + i * NR, columns * sizeof *c);
 }
 
 /* C (m,n) += A (m,k) B (k,n), a block of both: B's panels are `panel` apart,
@@ -707,10 +734,8 @@ static void gemm_block(size_t m, size_t n, size_t k, Mat a, const real *b,
       rows = rows >= 2 * MR ? MR : rows > MR ? (rows + 1) / 2 : rows;
       const real *ai = a.at + i * a.row;
       real *to = c + i * ldc + j;
-      if (n - j >= NR)
-        micro_kernel(rows, k, ai, a.row, a.column, b, add, to, ldc);
-      else
-        edge_kernel(rows, n - j, k, ai, a.row, a.column, b, add, to, ldc);
+      size_t columns = n - j < NR ? n - j : NR;
+      micro_kernel(rows, columns, k, ai, a.row, a.column, b, add, to, ldc);
     }
 }
 
@@ -3096,12 +3121,14 @@ static real largest(const real *x, size_t n) {
 static real exponentials(real *x, size_t n, real scale, real *max) {
   real lane[LANES] = {0}, top = largest(x, n) * scale;
   size_t i = 0;
-#pragma omp simd
-  for (size_t j = 0; j < n; j++) x[j] = exp_real(x[j] * scale - top);
   for (; i + LANES <= n; i += LANES)
 #pragma omp simd
-    for (size_t j = 0; j < LANES; j++) lane[j] += x[i + j];
-  for (size_t j = 0; i < n; i++, j++) lane[j] += x[i];
+    for (size_t j = 0; j < LANES; j++) {
+      x[i + j] = exp_real(x[i + j] * scale - top);
+      lane[j] += x[i + j];
+    }
+  for (size_t j = 0; i < n; i++, j++)
+    lane[j] += x[i] = exp_real(x[i] * scale - top);
   *max = top;
   return lane_sum(lane);
 }
