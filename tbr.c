@@ -3398,14 +3398,21 @@ void tbr_model_init(TbrModel *m, uint64_t seed) {
   }
 }
 
-/* Where the parts of layer l are in a block of parameters or gradients. */
-typedef struct { real *norm1, *qkv, *o, *norm2, *gate_up, *down; } Layer;
+/* Where the parts of layer l are in a block of parameters or gradients; W^T of
+ * its four products are views of them, or packed copies in generation. */
+typedef struct {
+  real *norm1, *qkv, *o, *norm2, *gate_up, *down;
+  Mat qkv_t, o_t, gate_up_t, down_t;
+} Layer;
 
 static Layer layer_at(const TbrConfig *c, real *block, size_t l) {
   Layer y = {.norm1 = block + c->vocab * c->dim + l * layer_size(c)};
   y.qkv = y.norm1 + c->dim, y.o = y.qkv + qkv_width(c) * c->dim;
   y.norm2 = y.o + c->dim * q_width(c), y.gate_up = y.norm2 + c->dim;
   y.down = y.gate_up + 2 * c->hidden * c->dim;
+  y.qkv_t = transposed(y.qkv, c->dim), y.o_t = transposed(y.o, q_width(c));
+  y.gate_up_t = transposed(y.gate_up, c->dim);
+  y.down_t = transposed(y.down, c->hidden);
   return y;
 }
 
@@ -3492,17 +3499,6 @@ void tbr_acts_free(TbrActs *a) {
   free(a);
 }
 
-/* W^T of the four products of a layer: views of the weights in training,
- * packed copies in generation. */
-typedef struct { Mat qkv, o, gate_up, down; } Views;
-
-static Views layer_views(const TbrConfig *c, const Layer *w) {
-  return (Views){.qkv = transposed(w->qkv, c->dim),
-                 .o = transposed(w->o, q_width(c)),
-                 .gate_up = transposed(w->gate_up, c->dim),
-                 .down = transposed(w->down, c->hidden)};
-}
-
 /* Scratch of attention over these spans: for each thread *need numbers. */
 static real *attend_scratch(const Span *spans, size_t n, size_t *need) {
   size_t most = 1;
@@ -3559,30 +3555,29 @@ static void attend(const TbrConfig *c, real *att, const real *qkv,
 
 /* The residual stream behind layer l, from that before it. `keep` is the
  * layer's place in the activations. */
-static void layer_forward(const TbrConfig *c, const Layer *w, const Views *v,
-                          TbrActs *a, size_t keep, const Cache *cache,
-                          size_t l, size_t rows, const Span *spans,
-                          size_t n_spans) {
+static void layer_forward(const TbrConfig *c, const Layer *w, TbrActs *a,
+                          size_t keep, const Cache *cache, size_t l,
+                          size_t rows, const Span *spans, size_t n_spans) {
   size_t d = c->dim, h = c->hidden, wide = qkv_width(c), at = keep * a->rows;
   real *x = a->x + at * d, *qkv = a->qkv + at * wide, *x2 = a->x2 + at * d;
   real *att = a->att + at * q_width(c), *gu = a->gu + at * 2 * h;
   real *out = cache ? x : x + a->rows * d; /* in generation, in place */
   real eps = (real)c->norm_eps;
   rmsnorm_forward(a->norm, a->rstd1 + at, x, w->norm1, rows, d, eps);
-  linear_forward(qkv, a->norm, v->qkv, rows, d, wide);
+  linear_forward(qkv, a->norm, w->qkv_t, rows, d, wide);
   rope(qkv, wide, c->heads + c->kv_heads, c->head_dim, spans, n_spans,
        a->cosine, a->sine, 1);
   if (cache) cache_store(cache, c, l, qkv, spans, n_spans);
   attend(c, att, qkv, cache, l, spans, n_spans);
   /* x2 (rows,d) = x + att (rows,q) o^T (q,d) */
   memcpy(x2, x, rows * d * sizeof *x);
-  gemm(rows, d, q_width(c), mat(att, q_width(c)), v->o, 1, x2, d);
+  gemm(rows, d, q_width(c), mat(att, q_width(c)), w->o_t, 1, x2, d);
   rmsnorm_forward(a->norm, a->rstd2 + at, x2, w->norm2, rows, d, eps);
-  linear_forward(gu, a->norm, v->gate_up, rows, d, 2 * h);
+  linear_forward(gu, a->norm, w->gate_up_t, rows, d, 2 * h);
   swiglu_forward(a->hidden, gu, rows, h);
   /* out (rows,d) = x2 + hidden (rows,h) down^T (h,d) */
   memcpy(out, x2, rows * d * sizeof *x);
-  gemm(rows, d, h, mat(a->hidden, h), v->down, 1, out, d);
+  gemm(rows, d, h, mat(a->hidden, h), w->down_t, 1, out, d);
 }
 
 /* ---- backward ---------------------------------------------------------- */
@@ -3720,8 +3715,7 @@ double tbr_loss(const TbrModel *m, TbrActs *a, const TbrSequences *s,
   embedding_forward(a->x, m->param, s->id, s->tokens, c->dim);
   for (size_t l = 0; l < c->layers; l++) {
     Layer w = layer_at(c, m->param, l);
-    Views v = layer_views(c, &w);
-    layer_forward(c, &w, &v, a, l, NULL, l, s->tokens, spans, s->n);
+    layer_forward(c, &w, a, l, NULL, l, s->tokens, spans, s->n);
   }
   if (grad) memset(a->dx, 0, s->tokens * c->dim * sizeof *a->dx);
   double loss = head_loss(m, a, s, grad, (real)scale);
@@ -4202,7 +4196,7 @@ typedef struct {
   const TbrModel *model;
   real *block;  /* holds all of the numbers below */
   real *packed; /* W^T of all matrices */
-  Views *view;  /* of each layer */
+  Layer *layer;
   Mat classify;
   Cache cache;
   TbrActs *acts;
@@ -4240,14 +4234,15 @@ static Decoder *decoder_new(const TbrModel *m, size_t slots, size_t length,
   memset(d->cache.keys, 0, keys * sizeof(real)); /* panels are read whole */
   memset(d->cache.values, 0, values * sizeof(real));
   d->acts = acts_new(m, rows, 0);
-  d->view = mem_new(c->layers, sizeof *d->view);
+  d->layer = mem_new(c->layers, sizeof *d->layer);
   real *to = d->packed;
   for (size_t l = 0; l < c->layers; l++) {
     Layer w = layer_at(c, m->param, l);
-    d->view[l].qkv = pack_weights(&to, w.qkv, wide, c->dim);
-    d->view[l].o = pack_weights(&to, w.o, c->dim, q_width(c));
-    d->view[l].gate_up = pack_weights(&to, w.gate_up, 2 * h, c->dim);
-    d->view[l].down = pack_weights(&to, w.down, c->dim, h);
+    w.qkv_t = pack_weights(&to, w.qkv, wide, c->dim);
+    w.o_t = pack_weights(&to, w.o, c->dim, q_width(c));
+    w.gate_up_t = pack_weights(&to, w.gate_up, 2 * h, c->dim);
+    w.down_t = pack_weights(&to, w.down, c->dim, h);
+    d->layer[l] = w;
   }
   d->classify = pack_weights(&to, classifier(c, m->param), c->vocab, c->dim);
   return d;
@@ -4255,7 +4250,7 @@ static Decoder *decoder_new(const TbrModel *m, size_t slots, size_t length,
 
 static void decoder_free(Decoder *d) {
   tbr_acts_free(d->acts);
-  free(d->block), free(d->view), free(d);
+  free(d->block), free(d->layer), free(d);
 }
 
 /* One round: new tokens in, and d->logits (n_spans,vocab) behind the last
@@ -4266,11 +4261,8 @@ static void decoder_step(Decoder *d, const int32_t *id, size_t rows,
   TbrActs *a = d->acts;
   size_t wide = c->dim;
   embedding_forward(a->x, d->model->param, id, rows, wide);
-  for (size_t l = 0; l < c->layers; l++) {
-    Layer w = layer_at(c, d->model->param, l);
-    layer_forward(c, &w, &d->view[l], a, 0, &d->cache, l, rows, spans,
-                  n_spans);
-  }
+  for (size_t l = 0; l < c->layers; l++)
+    layer_forward(c, &d->layer[l], a, 0, &d->cache, l, rows, spans, n_spans);
   for (size_t s = 0; s < n_spans; s++)
     memcpy(d->x + s * wide, a->x + (spans[s].row + spans[s].n - 1) * wide,
            wide * sizeof(real));

@@ -163,6 +163,21 @@ static void test_internal(const char *folder) {
   SAME(e.row[2].reflection, "c is harmful");
   reflect_internally(&p, &e, 2, &(TbrOptions){.lead_temperature = 1});
   CHECK(strcmp(e.row[1].reflection, trim(text))); /* drawn, not the likeliest */
+  /* General rows that are asked to think first get it, too. */
+  TbrOptions asked = options_default();
+  TbrSequences rows = {0};
+  Buf report = {0};
+  asked.file[GENERAL] = path, asked.style = "internal", asked.asked = 1;
+  asked.lead_temperature = 0;
+  add_rows(&rows, &p, &asked, GENERAL, &report);
+  for (size_t i = 0; i < 3; i++) {
+    size_t at = rows.first[i], n = rows.first[i + 1] - at;
+    char *read = tbr_decode(p.tok, rows.id + at, n, NULL);
+    CHECK(!strstr(read, "is harmful"));
+    free(read);
+  }
+  tbr_sequences_free(&rows);
+  buf_free(&report);
   free(text), free(path);
   tbr_answers_free(said, 1);
   free(prompt.id);

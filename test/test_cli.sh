@@ -308,6 +308,15 @@ for seed in 1 2; do
     fail "eval --seed $seed --arm a$seed takes what another seed or arm left"
 done
 
+cp -r a1/seed-0/tbr merged
+for turn in whole cut; do
+  "$TBR" eval --model merged --prompts eval.jsonl --tokens 4 --arm m --out merges >/dev/null
+  sed 's/.*"cell": //' merges/results.jsonl | head -n 1 >$turn.cell
+  sed '/"merges":/{n;d;}' a1/seed-0/tbr/tokenizer.json >merged/tokenizer.json
+done
+cmp -s merged/tokenizer.json a1/seed-0/tbr/tokenizer.json && fail 'no merge was taken out' || pass
+cmp -s whole.cell cut.cell && fail 'an evaluation was not done again with other merges' || pass
+
 # ---- killed again and again, the training ends with the same bytes
 steps=300 most=40
 [ -n "$SANITIZE" ] && steps=12 most=3 # there it is slow

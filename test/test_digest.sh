@@ -45,5 +45,8 @@ if [ -z "$SANITIZE" ]; then
     variant soft $CC $exact -O2 -fno-math-errno # no hardware is promised
     variant blocks $CC $FLAGS -O1 -DTBR_KC=64 -DTBR_MC=12 -DTBR_NC=48
   }
+  $CC -DTBR_NC=100 ../tbr.c -c -o "$scratch/nc.o" 2>"$scratch/nc.txt" &&
+    fail 'TBR_NC=100, which is no multiple of 16, builds' || pass
+  grep -q 'TBR_NC must be' "$scratch/nc.txt" && pass || fail 'no word about TBR_NC'
 fi
 finish

@@ -446,6 +446,8 @@ static void test_generate(void) {
   tbr_answers_free(all, N);
   TbrTokens empty = {0};
   FAILS(tbr_generate(m, &empty, 1, &draw, NULL), "prompt 1 has 0 tokens");
+  TbrTokens alien = {&(int32_t){VOCAB}, 1, 1};
+  FAILS(tbr_generate(m, &alien, 1, &draw, NULL), "outside the model's");
   tbr_answers_free(p, N);
   tbr_model_free(m);
 }
