@@ -1956,6 +1956,7 @@ void tbr_tokenizer_save(const TbrTokenizer *t, const char *directory) {
   write_in(directory, "tokenizer_config.json", b.s, b.n);
   buf_free(&b);
 }
+
 /* ======================================================================
  * Chapter 6: data
  *
@@ -2166,6 +2167,7 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
   write_file(path, b.s, b.n);
   buf_free(&b);
 }
+
 /* ======================================================================
  * Chapter 6, second part: the world
  *
@@ -2859,6 +2861,7 @@ void tbr_world_make(const char *world_directory, uint64_t seed,
   }
   world_free(w);
 }
+
 /* ---- third part: from examples to tokens and masks --------------------- */
 
 void tbr_sequences_add(TbrSequences *s, const int32_t *id,
