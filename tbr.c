@@ -680,7 +680,7 @@ static void pack(real *to, const real *at, size_t wide, size_t deep,
 ALWAYS_INLINE void kernel_rows(size_t rows, size_t deep, const real *a,
                                size_t row, size_t column, const real *b,
                                int add, real *c, size_t ldc) {
-  real acc[8][NR];
+  real acc[8][NR]; /* MR is at most that */
   for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < NR; j++) acc[i][j] = add ? c[i * ldc + j] : 0;
   for (size_t i = 0; i < rows; i++) /* the next tile of c */
