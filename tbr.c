@@ -3919,12 +3919,12 @@ static TbrModel *model_widen(TbrModel *old, size_t vocab, uint64_t seed) {
  * a run that was killed goes on and ends with the same bits.
  * ====================================================================== */
 
-/* The learning rate as a share of its peak: linear warm-up, then down to
- * `last` along a line or half a cosine. */
+/* The learning rate as a share of its peak: linear warm-up, for half of the
+ * steps at most, then down to `last` along a line or half a cosine. */
 static double schedule(const TbrTraining *t, size_t step) {
-  if (step < t->warmup) return (double)(step + 1) / (double)t->warmup;
-  if (t->steps <= t->warmup) return 1;
-  double x = (double)(step - t->warmup) / (double)(t->steps - t->warmup);
+  size_t up = t->warmup < t->steps / 2 ? t->warmup : t->steps / 2;
+  if (step < up) return (double)(step + 1) / (double)up;
+  double x = (double)(step - up) / (double)(t->steps - up);
   double down = t->cosine ? (1 + tbr_cos(3.141592653589793 * x)) / 2 : 1 - x;
   return t->last + (1 - t->last) * down;
 }
@@ -4683,12 +4683,14 @@ static const struct {
   {"pretrain.steps", 'n', AT(pretrain.steps), "3000", "pab", "optimizer steps"},
   {"pretrain.batch", 'n', AT(pretrain.batch), "8", "pab", "windows a step"},
   {"pretrain.window", 'n', AT(window), "96", "pab", "tokens a window"},
-  {"pretrain.warmup", 'n', AT(pretrain.warmup), "50", "pab", "warm-up steps"},
+  {"pretrain.warmup", 'n', AT(pretrain.warmup), "50", "pab",
+   "warm-up steps, half of all at most"},
   {"pretrain.lr", 'd', AT(pretrain.lr), "0.004", "pab", "peak learning rate"},
   {"pretrain.decay", 'd', AT(pretrain.decay), "0.05", "pab", "weight decay"},
-  {"train.steps", 'n', AT(train.steps), "400", "ta", "optimizer steps"},
-  {"train.batch", 'n', AT(train.batch), "16", "ta", "examples a step"},
-  {"train.warmup", 'n', AT(train.warmup), "10", "ta", "warm-up steps"},
+  {"train.steps", 'n', AT(train.steps), "500", "ta", "optimizer steps"},
+  {"train.batch", 'n', AT(train.batch), "8", "ta", "examples a step"},
+  {"train.warmup", 'n', AT(train.warmup), "250", "ta",
+   "warm-up steps, half of all at most"},
   {"train.lr", 'd', AT(train.lr), "0.0005", "ta", "peak learning rate"},
   {"train.decay", 'd', AT(train.decay), "0", "ta", "weight decay"},
   {"reflection", 'w', AT(reflection), "safety", "sta", "on: none safety all"},

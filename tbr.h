@@ -262,7 +262,7 @@ typedef struct {
   size_t steps;      /* of the optimizer */
   size_t batch;      /* sequences a step */
   size_t rows;       /* tokens at a time: more are accumulated */
-  size_t warmup;     /* steps in which the rate rises */
+  size_t warmup;     /* steps in which the rate rises; at most half */
   size_t save_every; /* steps between checkpoints; 0: none */
   int cosine;        /* the rate falls along half a cosine, else a line */
   double lr, last;   /* its peak, and its end as a share of that */

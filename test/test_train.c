@@ -170,8 +170,11 @@ static void test_schedule(void) {
   t.cosine = 1;
   NEAR(schedule(&t, 7), 0.55, 1e-15);
   NEAR(schedule(&t, 5), 0.1 + 0.45 * (1 + cos(3.141592653589793 / 6)), 1e-15);
-  t.warmup = 10;
-  NEAR(schedule(&t, 9), 1, 1e-15);
+  t.warmup = 10; /* half of the steps at most */
+  NEAR(schedule(&t, 3), 0.8, 1e-15);
+  NEAR(schedule(&t, 5), 1, 1e-15);
+  t.steps = 1;
+  NEAR(schedule(&t, 0), 1, 1e-15);
 }
 
 /* Three steps against AdamW written in double, one number at a time. */
