@@ -1,9 +1,10 @@
 /* tbr.h: the public interface of tbr, Think Before Refusal in one file of C.
  *
- * In the order in which a newcomer meets it: errors and threads, exact
- * arithmetic, tokenizers, examples, the built-in world, sequences, the model,
- * training, generation, judging, experiments. Shapes are (rows, columns),
- * row-major; sizes count items, not bytes, unless they say so.
+ * The method comes first, in the order in which data flows: examples, tokens
+ * and masks, the model, training, generation, judging, reflections by a model;
+ * then the ground: tokenizers, products, exact arithmetic, errors and threads.
+ * Shapes are (rows, columns), row-major; sizes count items, not bytes, unless
+ * they say so.
  *
  * No function returns an error: what goes wrong ends in tbr_fail. What a
  * function returns by pointer is the caller's, to be freed by the function
@@ -32,98 +33,19 @@ typedef float tbr_real;
 #define TBR_NORETURN
 #endif
 
-/* ---- errors and threads (chapter 1) ------------------------------------ */
-
-/* Ends what is going on with a message: calls the handler, and exits with
- * status 1 if that returns. Never returns. Of threads that fail in the same
- * parallel loop only one gets so far. */
-TBR_NORETURN TBR_PRINTF(1, 2) void tbr_fail(const char *format, ...);
-
-/* Sets the handler that tbr_fail calls; it may longjmp, which leaks what was
- * allocated on the way, but not out of a parallel loop (tbr_ablate has one
- * over its cells). NULL: print the message and exit. */
-void tbr_on_error(void (*handler)(const char *message));
-
-/* Threads of the parallel loops; 0 for all cores. No result depends on it. */
-void tbr_threads(int n);
-
-/* ---- exact arithmetic (chapters 2 and 3) ------------------------------- */
-
-/* These give the same bits on every IEEE 754 platform.
- * soft_fmaf: a*b+c rounded once, without hardware for it (Boldo and
- * Melquiond, 2008). exp: |x| held within 700, log: of positive numbers, sin
- * and cos: |x| below 2^20; all within 5e-16 of the true value, relative (sin
- * and cos: absolute). expf: x held within [-87, 88], relative error below
- * 2e-7. */
-float tbr_soft_fmaf(float a, float b, float c);
-double tbr_exp(double x);
-double tbr_log(double x);
-double tbr_sin(double x);
-double tbr_cos(double x);
-float tbr_expf(float x);
-
-/* C (m,n) += A (m,k) B (k,n); with ta, a holds A^T (k,m), with tb, b holds
- * B^T (n,k). Each element collects its products in ascending k, one fused
- * multiply-add each, starting from what is in c. */
-void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
-              const tbr_real *b, int tb, tbr_real *c);
-
-/* FNV-1a over the single-precision bits of n numbers, going on from hash (0:
- * from the start). */
-uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n);
-
-/* ---- tokenizers (chapter 5) -------------------------------------------- */
-
+/* Declared here, since most of what follows takes one; see tokenizers. */
 typedef struct TbrTokenizer TbrTokenizer;
 
-/* Reads a tokenizer.json, a directory that holds one, or llama2.c's
- * tokenizer.bin (which must hold `vocab` tokens, unless that is 0; of equal
- * scores the lower token is merged first, as tokenizer.json has it). */
-TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
-
-/* Learns a byte-level BPE (Sennrich et al., 2016) from n bytes of text: the
- * six marks, then 256 bytes, then merges until there are `vocab` tokens or no
- * pair occurs twice. */
-TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab);
-
-/* Writes tokenizer.json and tokenizer_config.json as transformers has them. */
-void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory);
-void tbr_tokenizer_free(TbrTokenizer *tok);
-size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
-
-/* Text to *ids (fresh); returns how many. Never yields a special token:
- * "<|eos|>" in text is seven characters like others. Decoding gives back the
- * n bytes exactly; special tokens decode to nothing, and so do ids outside the
- * vocabulary, since a model's may be larger. */
-size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
-                  int32_t **ids);
-char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
-                 size_t *n);
-
-/* The bytes of one token (of a special one its name). */
-const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
-
-/* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
- * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
-int32_t tbr_special(const TbrTokenizer *tok, const char *name);
-void tbr_tokenizer_add_marks(TbrTokenizer *tok);
-
-/* ---- examples (chapter 6) ---------------------------------------------- */
+/* ---- examples (chapters 1 and 9) --------------------------------------- */
 
 /* One example; what it doesn't have is NULL. */
 typedef struct {
   char *prompt, *reflection, *response;
-  char *label;      /* harmful, harmless or pseudo-harmful */
-  char *type;       /* of request: XSTest's names, or general */
-  char *source;     /* where it comes from */
-  char *key;        /* words that an answer must hold to be on topic */
+  char *label;  /* harmful, harmless or pseudo-harmful */
+  char *type;   /* of request: XSTest's names, or general */
+  char *source; /* where it comes from */
+  char *key;    /* words that an answer must hold to be on topic */
   char *id;
-  char *filler;     /* control: as long as a reflection, and says nothing */
-  char *label_only; /* control: the verdict of the reflection alone */
-  char *reworded;   /* the reflection in words that pretraining never used */
-  char *wrong;      /* the reflection with the wrong verdict */
-  char *asked;      /* the prompt with a request to think first */
-  char *lead;       /* where a base model goes on with its own reflection */
 } TbrExample;
 
 /* A list of examples, which starts as {0}. */
@@ -145,28 +67,38 @@ typedef struct {
  * only). */
 TbrExamples tbr_examples_read(const char *path);
 
-/* Writes JSON Lines; form is "native", or "messages", where the reflection
- * stands in the assistant's turn as <think>...</think>. */
+/* Forms in which examples are written: the members of TbrExample, or a chat
+ * in which the reflection stands in the assistant's turn as
+ * <think>...</think>. */
+typedef enum { TBR_NATIVE, TBR_MESSAGES } TbrForm;
+
+/* Writes JSON Lines. */
 void tbr_examples_write(const char *path, const TbrExamples *examples,
-                        const char *form);
+                        TbrForm form);
 void tbr_examples_free(TbrExamples *examples);
 
-/* How many documents, rows for fine-tuning and tests tbr_world_make draws. */
+/* Which rows reflect before they respond: none, the safety rows, or all. */
+typedef enum {
+  TBR_REFLECT_NONE,
+  TBR_REFLECT_SAFETY,
+  TBR_REFLECT_ALL
+} TbrReflecting;
+
 typedef struct {
-  size_t documents, general, safety, pseudo, bridge;
-  size_t eval_pseudo, eval_harmful, eval_general;
-} TbrWorldSizes;
+  TbrReflecting rows;
+  double share;  /* with TBR_REFLECT_SAFETY, and of the general rows so many */
+  uint64_t seed; /* of the draw of that share, and of the order */
+} TbrInterleaving;
 
-/* Expands lexicon.txt and templates.txt of world_directory under a seed, and
- * writes into out_directory pretrain.txt (a document a line), general.jsonl,
- * safety.jsonl and eval.jsonl; if the world has mixes for them ignorant.txt
- * (as many documents) and bridge.jsonl, and pseudo.jsonl, of items that no
- * test uses. What has no row is an empty file. Fails if anything of the
- * tests occurs where it must not. */
-void tbr_world_make(const char *world_directory, uint64_t seed,
-                    const TbrWorldSizes *sizes, const char *out_directory);
+/* The dataset mode (Think-Before-Refusal, section 3): general and safety rows
+ * become one list in a seeded order, in which those rows keep their
+ * reflections that are to reflect. Rows without a label get the one of their
+ * kind, harmless or harmful. Takes the rows out of both lists; fails if a row
+ * has no response, or no reflection where it should reflect. */
+TbrExamples tbr_interleave(TbrExamples *general, TbrExamples *safety,
+                           const TbrInterleaving *how);
 
-/* ---- sequences: tokens with their loss mask (chapter 6) ---------------- */
+/* ---- tokens with their loss mask (chapter 2) --------------------------- */
 
 /* A list of tokens, which starts as {0}. */
 typedef struct {
@@ -187,25 +119,42 @@ void tbr_sequences_add(TbrSequences *s, const int32_t *id,
                        const int32_t *target, size_t n);
 void tbr_sequences_free(TbrSequences *s);
 
+/* What becomes of an example that is longer than the context: it is left out,
+ * or reflection and response are cut (what is cut has no <|eos|>). */
+typedef enum { TBR_DROP_LONG, TBR_CUT_LONG } TbrTooLong;
+
+/* What became of it. */
+typedef enum { TBR_WHOLE, TBR_CUT, TBR_DROPPED } TbrFate;
+
 /* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
- * response <|eos|>, with the loss on what stands behind <|assistant|>.
- * Returns 0 if it fits into the context; else 1 if reflection and response
- * were cut to fit (only with cut_long; a response that is cut has no <|eos|>),
- * 2 if it was left out. */
-int tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
-                         const TbrExample *e, int reflect, size_t context,
-                         int cut_long);
+ * response <|eos|>, with the loss on what stands behind <|assistant|>. */
+TbrFate tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
+                             const TbrExample *e, size_t context,
+                             TbrTooLong too_long);
+
+/* The beginning of that, from which a model goes on: <|bos|> <|user|> prompt
+ * <|assistant|>. The caller frees id. */
+TbrTokens tbr_prompt_tokens(const TbrTokenizer *tok, const char *prompt);
+
+/* And its inverse: divides what a model said behind <|assistant|> into
+ * reflection (fresh, NULL if there is none) and answer (fresh). A reflection
+ * that never ends leaves an empty answer. */
+char *tbr_split_answer(const TbrTokenizer *tok, const TbrTokens *said,
+                       char **reflection);
 
 /* Adds text, a document a line, each behind <|bos|>, cut into windows; the
  * loss counts everywhere. Returns the number of tokens. */
 size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
                           const char *text, size_t n, size_t window);
 
-/* Prints one sequence: a line a token, or in colour as running text. */
-void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
-                       size_t which, int colour);
+/* How a sequence is printed: a line a token, or as running text in which
+ * what the loss counts is underlined, or green on a terminal. */
+typedef enum { TBR_SHOW_TOKENS, TBR_SHOW_TEXT, TBR_SHOW_COLOUR } TbrShow;
 
-/* ---- the model (chapters 7 and 8) -------------------------------------- */
+void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
+                       size_t which, TbrShow how);
+
+/* ---- the model (chapters 3 and 4) -------------------------------------- */
 
 typedef struct {
   size_t vocab, dim, layers, heads, kv_heads, head_dim, hidden, context;
@@ -249,14 +198,14 @@ void tbr_acts_free(TbrActs *acts);
 
 /* The sum of -log p(target) over the tokens that count, in nats. With grad
  * (n_params, or NULL), adds scale times its gradient to grad. */
-double tbr_loss(const TbrModel *model, TbrActs *acts,
-                const TbrSequences *batch, tbr_real *grad, double scale);
+double tbr_loss(const TbrModel *model, TbrActs *acts, const TbrSequences *batch,
+                tbr_real *grad, double scale);
 
 /* logits (batch->tokens, vocab) of every token. */
-void tbr_logits(const TbrModel *model, TbrActs *acts,
-                const TbrSequences *batch, tbr_real *logits);
+void tbr_logits(const TbrModel *model, TbrActs *acts, const TbrSequences *batch,
+                tbr_real *logits);
 
-/* ---- training (chapter 9) ---------------------------------------------- */
+/* ---- training (chapter 5) ---------------------------------------------- */
 
 typedef struct {
   size_t steps;      /* of the optimizer */
@@ -267,7 +216,7 @@ typedef struct {
   int cosine;        /* the rate falls along half a cosine, else a line */
   double lr, last;   /* its peak, and its end as a share of that */
   double beta1, beta2, eps, decay, clip; /* AdamW; clip 0: no clipping */
-  uint64_t seed;     /* of the order of the data */
+  uint64_t seed;                         /* of the order of the data */
 } TbrTraining;
 
 /* Trains with AdamW (Loshchilov and Hutter, 2019) on the mean loss of each
@@ -282,7 +231,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
 /* The bytes of memory that tbr_train takes for `rows` tokens at a time. */
 size_t tbr_training_bytes(const TbrModel *model, size_t rows);
 
-/* ---- generation (chapter 10) ------------------------------------------- */
+/* ---- generation (chapter 6) -------------------------------------------- */
 
 typedef struct {
   double temperature; /* 0: always the likeliest token */
@@ -299,29 +248,42 @@ TbrTokens *tbr_generate(const TbrModel *model, const TbrTokens *prompt,
                         const char *label);
 void tbr_answers_free(TbrTokens *answer, size_t n);
 
-/* ---- judging and evaluation (chapter 11) ------------------------------- */
+/* ---- judging and evaluation (chapter 7) -------------------------------- */
+
+/* Rules that tell refusals by their words: XSTest's looks at how an answer
+ * begins (Roettger et al., 2024), Arditi's for phrases anywhere (Arditi et
+ * al., 2024). */
+typedef enum { TBR_XSTEST, TBR_ARDITI } TbrRule;
 
 /* Whether an answer refuses; a reflection in <think>...</think> before it is
- * passed over. rule: "xstest" looks at how it begins (Roettger et al., 2024),
- * "arditi" for phrases anywhere (Arditi et al., 2024). */
-int tbr_refuses(const char *answer, const char *rule);
+ * passed over. */
+int tbr_refuses(const char *answer, TbrRule rule);
 
-/* What is judged of an answer, and counted for one arm, seed, label and type:
- * that it is one; refuses; complies, which is no refusal, not empty, and the
- * key in it, if any; neither; is just the expected response; reflected; and
- * reflected that it is harmless, and refuses. */
+/* What a reflection says: 1 harmless, -1 harmful, 0 neither or both. */
+int tbr_verdict(const char *reflection);
+
+/* What is judged of an answer, and counted: that it is one; refuses;
+ * complies, which is no refusal, not empty, and the key in it, if any;
+ * neither; is just the expected response; reflected; and reflected that it is
+ * harmless, and refuses. */
 enum {
-  TBR_N, TBR_REFUSAL, TBR_COMPLIANCE, TBR_NEITHER, TBR_EXACT, TBR_REFLECTED,
-  TBR_AGAINST_ITSELF, TBR_COUNTS
+  TBR_N,
+  TBR_REFUSAL,
+  TBR_COMPLIANCE,
+  TBR_NEITHER,
+  TBR_EXACT,
+  TBR_REFLECTED,
+  TBR_AGAINST_ITSELF,
+  TBR_COUNTS
 };
 
 /* Sets each of these to 0 or 1. */
 void tbr_judge(const TbrExample *e, const char *reflection, const char *answer,
-               const char *rule, size_t is[TBR_COUNTS]);
+               TbrRule rule, size_t is[TBR_COUNTS]);
 
+/* The counts of one label and type of prompts; a list starts as {0}. */
 typedef struct {
-  char arm[48], label[24], type[48];
-  uint64_t seed;
+  char label[24], type[48];
   size_t count[TBR_COUNTS];
 } TbrResult;
 typedef struct {
@@ -329,54 +291,108 @@ typedef struct {
   size_t n, cap;
 } TbrResults;
 
-/* Lets the model answer all prompts, judges, counts into results, and writes
- * completions.jsonl and completions.csv (XSTest's columns) into directory.
- * Returns how many prompts were longer than the context, and so cut. */
-size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
-                    const TbrExamples *e, const TbrSampling *options,
-                    const char *rule, const char *arm, uint64_t seed,
-                    const char *directory, TbrResults *results);
-
-/* ---- experiments (chapter 12) ------------------------------------------ */
-
-/* Everything that a command line or a grid file can say; `tbr help VERB` has
- * the meaning of each. Strings are never NULL; "" is none. */
 typedef struct {
-  const char *world, *out, *base, *model, *tokenizer, *text, *prompt, *in,
-      *form, *rule, *reflection, *style, *too_long, *arm, *mix, *of, *by,
-      *baseline, *grid;
-  const char *argument;     /* of a verb that has one */
-  const char *file[5];      /* general, safety, bridge, pseudo rows; prompts */
-  size_t use[4];            /* how many rows of each */
-  const char *const *given; /* the words of the command line, then NULL */
-  TbrWorldSizes sizes;
-  TbrConfig shape;             /* what options say of it, */
-  TbrTraining pretrain, train; /* and of these */
-  size_t seed, seeds, window, rows, save_every, filter, think, limit, tokens;
-  size_t show, threads;
-  double share, lead_temperature, asked, noise, temperature, top_p;
-} TbrOptions;
+  TbrSampling sampling; /* its stop tokens are set here */
+  TbrRule rule;
+  const char *tag;       /* members that begin each line, in JSON; "": none */
+  const char *label;     /* of the progress line */
+  const char *directory; /* gets completions.jsonl, completions.csv */
+} TbrEvaluation;
 
-/* The stages of an experiment, each from files to files in options->out. */
-void tbr_make_tokenizer(const TbrOptions *options);
-void tbr_pretrain(const TbrOptions *options);
-void tbr_finetune(const TbrOptions *options);
-void tbr_eval(const TbrOptions *options);
+/* Lets the model answer all prompts, judges, counts into results, and writes
+ * completions.jsonl and completions.csv (XSTest's columns). Returns how many
+ * prompts were longer than the context, and so cut. */
+size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
+                    const TbrExamples *prompts, const TbrEvaluation *how,
+                    TbrResults *results);
 
-/* Runs every arm of the grid options->argument under every seed, and reports;
- * the options given take the place of what the grid says for all. */
-void tbr_ablate(const TbrOptions *options);
-
-/* Prints the tables of the results in options->argument, with the claims of
- * options->grid decided by their own rules, and writes report.md and
- * report.csv into options->out. */
-void tbr_report(const TbrOptions *options);
-
-/* Wilson's 95% interval of k in n (1927); the 97.5% quantile of Student's t;
- * the mean of n numbers with half of its 95% t-interval. */
+/* Wilson's 95% interval of k in n (1927). */
 void tbr_wilson(size_t k, size_t n, double *low, double *high);
-double tbr_t_quantile(size_t freedom);
-double tbr_mean(const double *x, size_t n, double *half);
+
+/* ---- reflections by a model (chapter 8) -------------------------------- */
+
+/* Replaces the reflection of each row by the model's own (the paper's
+ * internal rationales, section 3): what it says behind lead[i], up to the end
+ * of the sentence that first says harmful or harmless. */
+void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
+                 TbrExamples *rows, const char *const *lead,
+                 const TbrSampling *sampling);
+
+/* ---- tokenizers (chapter 10) ------------------------------------------- */
+
+/* Reads a tokenizer.json, a directory that holds one, or llama2.c's
+ * tokenizer.bin (which must hold `vocab` tokens, unless that is 0; of equal
+ * scores the lower token is merged first, as tokenizer.json has it). */
+TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
+
+/* Learns a byte-level BPE (Sennrich et al., 2016) from n bytes of text: the
+ * six marks, then 256 bytes, then merges until there are `vocab` tokens or no
+ * pair occurs twice. */
+TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab);
+
+/* Writes tokenizer.json and tokenizer_config.json as transformers has them. */
+void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory);
+void tbr_tokenizer_free(TbrTokenizer *tok);
+size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
+
+/* Text to *ids (fresh); returns how many. Never yields a special token:
+ * "<|eos|>" in text is seven characters like others. Decoding gives back the
+ * n bytes exactly; special tokens decode to nothing, and so do ids outside the
+ * vocabulary, since a model's may be larger. */
+size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
+                  int32_t **ids);
+char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
+                 size_t *n);
+
+/* The bytes of one token (of a special one its name). */
+const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
+
+/* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
+ * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
+int32_t tbr_special(const TbrTokenizer *tok, const char *name);
+void tbr_tokenizer_add_marks(TbrTokenizer *tok);
+
+/* ---- exact arithmetic (chapters 12 and 13) ----------------------------- */
+
+/* These give the same bits on every IEEE 754 platform.
+ * soft_fmaf: a*b+c rounded once, without hardware for it (Boldo and
+ * Melquiond, 2008). exp: |x| held within 700, log: of positive numbers, sin
+ * and cos: |x| below 2^20; all within 5e-16 of the true value, relative (sin
+ * and cos: absolute). expf: x held within [-87, 88], relative error below
+ * 2e-7. */
+float tbr_soft_fmaf(float a, float b, float c);
+double tbr_exp(double x);
+double tbr_log(double x);
+double tbr_sin(double x);
+double tbr_cos(double x);
+float tbr_expf(float x);
+
+/* C (m,n) += A (m,k) B (k,n); with ta, a holds A^T (k,m), with tb, b holds
+ * B^T (n,k). Each element collects its products in ascending k, one fused
+ * multiply-add each, starting from what is in c. */
+void tbr_gemm(size_t m, size_t n, size_t k, const tbr_real *a, int ta,
+              const tbr_real *b, int tb, tbr_real *c);
+
+/* FNV-1a over the single-precision bits of n numbers, going on from hash (0:
+ * from the start). */
+uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n);
+
+/* ---- errors and threads (chapter 14) ----------------------------------- */
+
+/* Ends what is going on with a message: calls the handler, and exits with
+ * status 1 if that returns. Never returns. Of threads that fail in the same
+ * parallel loop only one gets so far. */
+TBR_NORETURN TBR_PRINTF(1, 2) void tbr_fail(const char *format, ...);
+
+/* Sets the handler that tbr_fail calls; it may longjmp, which leaks what was
+ * allocated on the way, but not out of a parallel loop. NULL: print the
+ * message and exit. */
+void tbr_on_error(void (*handler)(const char *message));
+
+/* Threads of the parallel loops; 0 for all cores. No result depends on it. */
+void tbr_threads(int n);
+
+/* ---- the command line (chapter 15) ------------------------------------- */
 
 /* The command line; returns the exit status. */
 int tbr_main(int argc, char **argv);
