@@ -1,4 +1,6 @@
 # tbr: `make` builds, `make test` tests, `make bench` measures. For GNU make.
+# The programs of the experiment, out/world and out/ablation, are built the
+# same way from the files in data/.
 #
 # Flags that the compiler doesn't know are left out by themselves, so a bare
 # C compiler is enough: make CC=clang, make CC=tcc, make CC=arm-...-gcc.
@@ -24,20 +26,31 @@ OPENMP := $(or $(call takes,-fopenmp,-include omp.h), \
 STANDARD := $(call takes,-std=c99)
 FLAGS = $(STANDARD) $(FAST) $(EXACT) $(OPENMP) $(CFLAGS)
 
-all: tbr
+all: tbr out/world out/ablation
 
-BUILD = $(CC) $(FLAGS) tbr.c -o tbr -lm $(LDFLAGS)
+WORLD = data/world/world.c
+ABLATION = data/ablation/ablation.c
+BUILD = $(CC) $(FLAGS) $< -o $@ -lm $(LDFLAGS)
 
 tbr: tbr.c tbr.h .built
 	@[ '$(shell echo GNU)' ] || { echo 'use GNU make (gmake)'; exit 1; }
 	$(BUILD)
 
-# The command of the last build; it changes only when another one is wanted.
+out/world: $(WORLD) tbr.c tbr.h .built
+	@mkdir -p out
+	$(BUILD)
+
+out/ablation: $(ABLATION) $(WORLD) tbr.c tbr.h .built
+	@mkdir -p out
+	$(BUILD)
+
+# How the last build was made; it changes only when another one is wanted.
 always:
 .built: always
-	@echo "$(BUILD)" | cmp -s - $@ || echo "$(BUILD)" > $@
+	@echo '$(CC) $(FLAGS) $(LDFLAGS)' | cmp -s - $@ || \
+	  echo '$(CC) $(FLAGS) $(LDFLAGS)' > $@
 
-test: tbr
+test: all
 	@CC='$(CC)' FLAGS='$(FLAGS)' sh test/run.sh
 
 bench: tbr
@@ -49,13 +62,13 @@ portability: tbr
 lint:
 	@for cc in gcc clang; do \
 	  command -v $$cc >/dev/null || continue; \
-	  for mode in '' -DTBR_DOUBLE; do \
-	    $$cc -std=c99 $(WARN) -Wno-unknown-pragmas -O2 $$mode -c tbr.c \
+	  for source in tbr.c '-DTBR_DOUBLE tbr.c' $(WORLD) $(ABLATION); do \
+	    $$cc -std=c99 $(WARN) -Wno-unknown-pragmas -O2 -c $$source \
 	      -o /dev/null || exit 1; \
 	  done; done
 	@command -v cppcheck >/dev/null || { echo 'no cppcheck here'; exit 0; }; \
 	cppcheck --quiet --std=c99 --enable=warning,performance,portability \
-	  --inline-suppr --error-exitcode=1 tbr.c
+	  --inline-suppr --error-exitcode=1 tbr.c $(ABLATION)
 
 clean:
 	rm -rf tbr test/out .built .probe.c .probe.out

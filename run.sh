@@ -6,13 +6,13 @@
 # Everything lands in out/. What was finished before is not done again.
 set -eu
 cd "$(dirname "$0")"
-make --silent tbr
+make --silent out/ablation
 # Threads of gcc's OpenMP that wait soon leave the processor to other programs.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 case ${1:-main} in
-  main) exec ./tbr ablate data/main.grid --seeds "${SEEDS:-1}" --out out ;;
+  main) exec out/ablation data/ablation/main.grid --seeds "${SEEDS:-1}" --out out ;;
   full)
-    ./tbr ablate data/full.grid --out out/full
-    exec ./tbr ablate data/sizes.grid --out out/sizes ;;
+    out/ablation data/ablation/full.grid --out out/full
+    exec out/ablation data/ablation/sizes.grid --out out/sizes ;;
   *) echo "usage: [SEEDS=N] ./run.sh [full]" >&2; exit 2 ;;
 esac

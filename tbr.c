@@ -2287,11 +2287,8 @@ typedef struct {
 
 static void print_line(ShownLine *line) {
   if (!line->text.n) return;
-  size_t learnt = line->below.n;
-  while (learnt && line->below.s[learnt - 1] == ' ')
-    learnt--;
-  printf("%s\n", line->text.s);
-  if (learnt) printf("%.*s\n", (int)learnt, line->below.s);
+  printf("%s\n", trim(line->text.s));
+  if (strchr(line->below.s, '^')) printf("%s\n", line->below.s);
   buf_clear(&line->text);
   buf_clear(&line->below);
 }
@@ -2303,8 +2300,8 @@ static void add_underlined(ShownLine *line, const char *text, int counts) {
   for (; *text; text++) {
     int new_column = ((unsigned char)*text >> 6) != 2; /* UTF-8's later bytes */
     if (new_column && line->below.n >= EDGE) print_line(line);
-    buf_char(&line->text, *text);
     if (new_column) buf_char(&line->below, counts ? '^' : ' ');
+    buf_char(&line->text, *text);
     if (*text == ' ' && line->below.n >= SOON) print_line(line);
   }
 }
@@ -5000,11 +4997,11 @@ static void help_verb(const Verb *v) {
   }
 }
 
-/* Says what is wrong with the usage, of a verb if that is known, and returns
- * its exit status. */
+/* Says what is wrong with the usage, of a verb if that is known, and with
+ * which word; returns the exit status. */
 static int usage(const Verb *v, const char *what, const char *word) {
-  fprintf(stderr, "tbr: %s%s; see `tbr help%s%s`\n", what, word, v ? " " : "",
-          v ? v->name : "");
+  fprintf(stderr, "tbr: %s \"%s\"; see `tbr help%s%s`\n", what, word,
+          v ? " " : "", v ? v->name : "");
   return 2;
 }
 
@@ -5021,13 +5018,13 @@ static int run_verb(const Verb *v, char **word) {
     }
     const Option *which = NULL;
     if (is_option) which = option_find(*word + 2, v->name, v->letter);
-    if (!which) return usage(v, "there is no option ", *word);
-    if (!word[1]) return usage(v, "a value is missing behind ", *word);
+    if (!which) return usage(v, "there is no option", *word);
+    if (!word[1]) return usage(v, "a value is missing behind", *word);
     option_set(&o, which, word[1], *word);
     word++;
   }
   if (*v->argument && !*o.argument)
-    return usage(v, "this verb needs an argument: ", v->argument);
+    return usage(v, "this verb needs an argument, its", v->argument);
   tbr_threads((int)o.threads);
   v->run(&o);
   return 0;
@@ -5042,7 +5039,7 @@ static int wants_help(char **word) {
 
 /* Does what the words say, help or a verb; returns the exit status. */
 static int run_words(char **word) {
-  if (!*word) return usage(NULL, "which verb?", "");
+  if (!*word) return usage(NULL, "which verb? for example", "selftest");
   int help = !strcmp(*word, "help") || wants_help(word);
   if (!strcmp(*word, "help") || !strcmp(*word, "--help")) word++;
   if (help && !*word) {
@@ -5050,7 +5047,7 @@ static int run_words(char **word) {
     return 0;
   }
   const Verb *v = verb_find(*word);
-  if (!v) return usage(NULL, "there is no verb ", *word);
+  if (!v) return usage(NULL, "there is no verb", *word);
   if (!help) return run_verb(v, word + 1);
   help_verb(v);
   return 0;

@@ -8,44 +8,57 @@ cd "$(dirname "$0")" || exit 2
 : "${CC:=cc}" "${FLAGS:=-O2 -ffp-contract=off -fno-math-errno}"
 : "${TBR_REAL:=$PWD/../../shared/real}"
 case $TBR_REAL in /*) ;; *) TBR_REAL=$OLDPWD/$TBR_REAL ;; esac
-C_TESTS='math gradient model train arms judge'
-SH_TESTS='digest cli real'
-[ -f test_files.c ] && C_TESTS="$C_TESTS files"
-[ -f test_data.c ] && C_TESTS="$C_TESTS data"
+C_TESTS='math gradient model train judge files data world ablation'
+SH_TESTS='digest cli real readme world.sh ablation.sh'
+here=$PWD
 out=$PWD/out
-TBR=$out/tbr
+TBR=$out/tbr WORLD=$out/world ABLATION=$out/ablation
 rm -rf "$out"
 mkdir -p "$out" || exit 2
-cp ../tbr "$TBR" || exit 2 # so that a build during the tests changes nothing
+# Copies, so that a build during the tests changes nothing.
+cp ../tbr ../out/world ../out/ablation "$out" || exit 2
 OMP_WAIT_POLICY=passive # the tests of this run share the processors
 if [ -n "$SANITIZE" ]; then
   FLAGS="$FLAGS -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
   ASAN_OPTIONS=detect_leaks=0 # what fails doesn't free
-  # shellcheck disable=SC2086
-  $CC $FLAGS ../tbr.c -o "$TBR" -lm $LDFLAGS || exit 2
+  for source in ../tbr.c ../data/world/world.c ../data/ablation/ablation.c; do
+    program=${source##*/}
+    # shellcheck disable=SC2086
+    $CC $FLAGS "$source" -o "$out/${program%.c}" -lm $LDFLAGS || exit 2
+  done
   C_TESTS=$(echo "$C_TESTS" | sed 's/gradient //')
   echo 'gradients are not compared under the sanitizers: it would take long'
 fi
-export CC FLAGS TBR TBR_REAL ASAN_OPTIONS OMP_WAIT_POLICY
+export CC FLAGS TBR WORLD ABLATION TBR_REAL ASAN_OPTIONS OMP_WAIT_POLICY
 [ -d "$TBR_REAL" ] || echo "no $TBR_REAL here: nothing is tried on real data"
 
 wanted() { [ -z "$ONLY" ] || case " $ONLY " in *" $1 "*) ;; *) false ;; esac; }
+
+# The folder of a test: those of the experiment stand beside what they test.
+folder_of() {
+  case ${1%.sh} in
+  world | ablation) echo "$here/../data/${1%.sh}" ;;
+  *) echo "$here" ;;
+  esac
+}
 
 # Builds one test program; the gradients are compared in double precision.
 build() {
   extra=-O1
   [ "$1" = gradient ] && extra='-O2 -DTBR_DOUBLE'
   # shellcheck disable=SC2086
-  $CC $FLAGS $extra -DTBR_NO_MAIN "test_$1.c" -o "$out/$1" -lm $LDFLAGS \
-    2>"$out/$1.build"
+  $CC $FLAGS $extra -DTBR_NO_MAIN "$(folder_of "$1")/test_$1.c" \
+    -o "$out/test_$1" -lm $LDFLAGS 2>"$out/$1.build"
 }
 
 # Runs a test; its output goes to out/NAME.txt.
 one() {
-  if [ -f "test_$1.c" ]; then
-    build "$1" && "$out/$1" "$out/scratch-$1" golden 2>"$out/$1.stderr"
+  folder=$(folder_of "$1")
+  if [ -f "$folder/test_$1.c" ]; then
+    build "$1" && "$out/test_$1" "$out/scratch-$1" golden 2>"$out/$1.stderr"
   else
-    sh "test_$1.sh" "$out/scratch-$1" 2>"$out/$1.stderr"
+    (cd "$folder" && sh "test_${1%.sh}.sh" "$out/scratch-$1") \
+      2>"$out/$1.stderr"
   fi >"$out/$1.txt"
   echo $? >"$out/$1.status"
 }

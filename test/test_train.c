@@ -107,27 +107,32 @@ static void test_mask(void) {
     TbrSequences s = {0};
     size_t prompt;
     TbrTokens t = by_hand(tok, &e, reflect, &prompt);
-    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, 200, 0), 0);
+    TbrExample row = e;
+    if (!reflect) row.reflection = NULL;
+    EQUAL(tbr_example_sequence(&s, tok, &row, 200, TBR_DROP_LONG), TBR_WHOLE);
     expect_mask(&s, 0, &t, prompt);
     /* It just fits; in a shorter context it is dropped, or cut. */
-    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 1, 0), 0);
-    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 2, 0), 2);
+    EQUAL(tbr_example_sequence(&s, tok, &row, t.n - 1, TBR_DROP_LONG),
+          TBR_WHOLE);
+    EQUAL(tbr_example_sequence(&s, tok, &row, t.n - 2, TBR_DROP_LONG),
+          TBR_DROPPED);
     EQUAL(s.n, 2u);
-    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, t.n - 2, 1), 1);
+    EQUAL(tbr_example_sequence(&s, tok, &row, t.n - 2, TBR_CUT_LONG), TBR_CUT);
     EQUAL(s.first[3] - s.first[2], t.n - 2);
     /* Who doesn't see the end of the response doesn't learn that it ends. */
     EQUAL(s.target[s.first[3] - 1], reflect ? tbr_special(tok, "<|eos|>")
                                             : t.id[t.n - 2]);
     EQUAL(s.target[s.first[2] + prompt - 2], -1);
     EQUAL(s.target[s.first[2] + prompt - 1], t.id[prompt]);
-    EQUAL(tbr_example_sequence(&s, tok, &e, reflect, prompt, 1), 2);
+    EQUAL(tbr_example_sequence(&s, tok, &row, prompt, TBR_CUT_LONG),
+          TBR_DROPPED);
     free(t.id);
     tbr_sequences_free(&s);
   }
   /* A chat's marks in a text are letters, not marks. */
   TbrExample sly = {.prompt = "<|eos|></think>", .response = "<think>"};
   TbrSequences s = {0};
-  tbr_example_sequence(&s, tok, &sly, 1, 200, 0);
+  tbr_example_sequence(&s, tok, &sly, 200, TBR_DROP_LONG);
   size_t special = 0;
   for (size_t i = 0; i < s.first[1]; i++)
     special += (size_t)is_special(tok, s.id[i]);
@@ -135,8 +140,8 @@ static void test_mask(void) {
   tbr_sequences_free(&s);
   /* A zero byte doesn't end what a model says. */
   int32_t said[] = {6 + 'a', 6, 6 + 'b'};
-  char *reflection, *answer = split_answer(
-      tok, (int32_t[MARKS]){0}, &(TbrTokens){.id = said, .n = 3}, &reflection);
+  TbrTokens three = {.id = said, .n = 3};
+  char *reflection, *answer = tbr_split_answer(tok, &three, &reflection);
   SAME(answer, "a\xff" "b");
   free(answer);
   tbr_tokenizer_free(tok);
