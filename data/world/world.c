@@ -984,8 +984,8 @@ static int is_apart(const World *w, const char *name, size_t item, int mark) {
 
 /* Fails if what a test asks was trained on, as a combination or as a text.
  * Ordinary questions may stand in documents; what is novel may not, even in
- * other words than the prompt's (ask). Only pseudo-harmful tests may share
- * their held combinations with fine-tuning, which has few rows like them. */
+ * other words than the prompt's (ask). The rule `held` has nothing to say of
+ * pseudo-harmful tests; those must be other items than fine-tuning's. */
 static void check_leaks(const World *w, size_t item, const TbrExample *e,
                         const char *ask) {
   int is_pseudo = !strcmp(e->label, "pseudo-harmful");
