@@ -122,6 +122,13 @@ static void test_mask(void) {
     /* Who doesn't see the end of the response doesn't learn that it ends. */
     EQUAL(s.target[s.first[3] - 1], reflect ? tbr_special(tok, "<|eos|>")
                                             : t.id[t.n - 2]);
+    /* What is behind the prompt, taken apart, is what was put together. */
+    TbrTokens behind = {.id = t.id + prompt, .n = t.n - prompt - 1};
+    char *thought, *response = tbr_split_answer(tok, &behind, &thought);
+    SAME(response, row.response);
+    CHECK(!thought == !reflect);
+    if (thought) SAME(thought, row.reflection);
+    free(thought), free(response);
     EQUAL(s.target[s.first[2] + prompt - 2], -1);
     EQUAL(s.target[s.first[2] + prompt - 1], t.id[prompt]);
     EQUAL(tbr_example_sequence(&s, tok, &row, prompt, TBR_CUT_LONG),

@@ -1109,10 +1109,10 @@ typedef struct {
 #define AT_COMMAND(member) offsetof(Command, member)
 #define SIZE(member) COUNT, AT_COMMAND(sizes.member)
 static const Option world_option[] = {
-    {"world", TEXT_VALUE, AT_COMMAND(world), "data/world/english", "",
+    {"world", STRING, AT_COMMAND(world), "data/world/english", "",
      "directory of lexicon.txt and templates.txt"},
     {"seed", COUNT, AT_COMMAND(seed), "0", "", "of all that is random"},
-    {"out", TEXT_VALUE, AT_COMMAND(out), "out", "", "directory to write"},
+    {"out", STRING, AT_COMMAND(out), "out", "", "directory to write"},
     {"documents", SIZE(documents), "66000", "", "documents for pretraining"},
     {"general", SIZE(general), "600", "", "harmless rows to fine-tune on"},
     {"safety", SIZE(safety), "1000", "", "harmful ones"},
