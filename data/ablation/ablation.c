@@ -1,0 +1,1670 @@
+/* ablation: tries the method. Which rows with which reflections, trained on
+ * which base, make a model refuse what?
+ *
+ * An arm is a way of fine-tuning one base model; a cell is one arm under one
+ * seed. A grid names the arms, what they share, and what is claimed of them;
+ * README.md beside this file explains its format. Of each cell the rows that
+ * it trains on are a file, train.jsonl, which `tbr train` takes as well: what
+ * is audited is exactly what is trained. Every stage leaves its result on disk
+ * with a mark of what it was made from, so a grid that was stopped goes on
+ * where it was. Rates come with Wilson intervals (1927) over prompts, which
+ * leave out how seeds differ, and from two seeds on with t-intervals over
+ * seeds.
+ *
+ * In this order: options; claims; grids; the rows of an arm; the rule of form;
+ * results; a cell; the cells of a grid; statistics; tables; the picture; the
+ * report; the command line.
+ *
+ * Another program may include this file with ABLATION_NO_MAIN defined.
+ */
+#ifndef TBR_NO_MAIN
+#define TBR_NO_MAIN
+#endif
+#define WORLD_NO_MAIN
+#include "../world/world.c"
+
+/* ---- options ----------------------------------------------------------- */
+
+/* What the files of a cell are: four kinds of rows, and the tests. */
+typedef enum { GENERAL, SAFETY, BRIDGE, PSEUDO, PROMPTS, KINDS } Kind;
+
+/* Who answers the tests: a model, or the rule that sees only their form. */
+enum { BY_MODEL, BY_FORM };
+
+/* Which text stands as reflection. */
+typedef enum { OWN, REWORDED, INTERNAL, FILLER, SHUFFLED, LABEL } Style;
+
+/* Everything that a grid can say of an arm. Strings are never NULL; "" is
+ * none. */
+typedef struct {
+  Options method;  /* first: an option's place in it is its place here */
+  const char *arm; /* its name */
+  const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid;
+  WorldSizes sizes;
+  int by, style;
+  int needs_base; /* no one has its base model: it is to be made */
+  double lead_temperature, noise, asked;
+  size_t filter, think, seeds, bridge_rows, pseudo_rows;
+} Cell;
+
+/* The letters of an option say where it is: a of one arm or of all, A only of
+ * all, r of a report. */
+#define CELL(member) offsetof(Cell, member)
+static const Option own_option[] = {
+    {"world", TEXT_VALUE, CELL(world), "data/world/english", "A",
+     "directory of the world to make; none if empty"},
+    {"documents", COUNT, CELL(sizes.documents), "66000", "A", "to pretrain on"},
+    {"make.general", COUNT, CELL(sizes.general), "600", "A", "general rows"},
+    {"make.safety", COUNT, CELL(sizes.safety), "1000", "A", "safety rows"},
+    {"make.pseudo", COUNT, CELL(sizes.pseudo), "100", "A", "pseudo-harmful"},
+    {"make.bridge", COUNT, CELL(sizes.bridge), "20", "A", "bridging rows"},
+    {"test.pseudo", COUNT, CELL(sizes.test_pseudo), "400", "A",
+     "tests that are pseudo-harmful"},
+    {"test.harmful", COUNT, CELL(sizes.test_harmful), "180", "A", "harmful"},
+    {"test.general", COUNT, CELL(sizes.test_general), "150", "A", "ordinary"},
+    {"baseline", TEXT_VALUE, CELL(baseline), "sft", "Ar",
+     "arm to compare with"},
+    {"grid", TEXT_VALUE, CELL(grid), "", "r", "whose claims are to be decided"},
+    {"seeds", COUNT, CELL(seeds), "1", "a", "how many, from `seed` on"},
+    {"mix", TEXT_VALUE, CELL(mix), "pretrain", "a", "to pretrain on, a @mix"},
+    {"bridge", TEXT_VALUE, CELL(bridge), "", "a",
+     "file of harmful rows that ask to think"},
+    {"pseudo", TEXT_VALUE, CELL(pseudo), "", "a",
+     "file of pseudo-harmful rows"},
+    {"bridge-rows", COUNT, CELL(bridge_rows), "0", "a", "the first N; 0: none"},
+    {"pseudo-rows", COUNT, CELL(pseudo_rows), "0", "a", "the first N; 0: none"},
+    {"style", WORD, CELL(style), "own", "a",
+     "of reflections: own reworded internal filler shuffled label"},
+    {"lead-temperature", NUMBER, CELL(lead_temperature), "1", "a",
+     "at which internal ones are drawn"},
+    {"noise", SHARE, CELL(noise), "0", "a", "share of wrong verdicts"},
+    {"filter", COUNT, CELL(filter), "0", "a", "1: only right verdicts"},
+    {"asked", SHARE, CELL(asked), "0", "a", "general rows that ask to think"},
+    {"think", COUNT, CELL(think), "0", "a", "1: the tests ask to think first"},
+    {"of", TEXT_VALUE, CELL(of), "", "a", "arm whose model answers, untrained"},
+    {"by", WORD, CELL(by), "model", "a", "who answers: model form"}};
+enum { OWN_OPTIONS = sizeof own_option / sizeof *own_option };
+
+/* Whether a name is a word of a list, which has a blank at both ends. */
+static int is_among(const char *name, const char *list) {
+  char *word = format_string(" %s ", name);
+  int found = strstr(list, word) != NULL;
+  free(word);
+  return found;
+}
+
+/* The letters of one of the core's options; none if no grid says it. */
+static const char *core_letters(const Option *core) {
+  if (is_among(core->name, " in form data model text name ")) return "";
+  if (is_among(core->name, " seed threads save-every ")) return "A";
+  if (!strcmp(core->name, "out")) return "Ar";
+  return strpbrk(core->verbs, "dkpte") ? "a" : "";
+}
+
+/* The option of that name that has one of these letters, or NULL. */
+static const Option *cell_option(const char *name, const char *letters) {
+  for (const Option *o = own_option; o < own_option + OWN_OPTIONS; o++)
+    if (!strcmp(o->name, name)) return strpbrk(o->verbs, letters) ? o : NULL;
+  for (const Option *o = option; o < option + OPTIONS; o++)
+    if (!strcmp(o->name, name) && strpbrk(core_letters(o), letters)) return o;
+  return NULL;
+}
+
+static Cell cell_default(void) {
+  Cell cell = {.method = {.argument = ""}, .arm = ""};
+  options_default(&cell, option, OPTIONS);
+  options_default(&cell, own_option, OWN_OPTIONS);
+  return cell;
+}
+
+/* Adds the value of an option as text. */
+static void add_value(Buf *to, const Cell *cell, const Option *which) {
+  const void *at = (const char *)cell + which->at;
+  if (which->kind == TEXT_VALUE)
+    buf_printf(to, "%s\n", *(const char *const *)at);
+  else if (which->kind == WORD)
+    buf_printf(to, "%d\n", *(const int *)at);
+  else if (which->kind == COUNT)
+    buf_printf(to, "%zu\n", *(const size_t *)at);
+  else
+    buf_printf(to, "%.17g\n", *(const double *)at);
+}
+
+/* Whether a base model depends on one of the core's options: on those of `tbr
+ * tokenizer` and `tbr pretrain` but for where things are and how they run. */
+static int makes_base(const Option *core) {
+  static const char other[] = " text tokenizer out threads save-every seed ";
+  return strpbrk(core->verbs, "kp") && !is_among(core->name, other);
+}
+
+/* A number for the base model of a cell: the hash of what it depends on. */
+static uint64_t base_hash(const Cell *cell) {
+  Buf said = {0};
+  add_value(&said, cell, cell_option("mix", "a"));
+  for (const Option *o = option; o < option + OPTIONS; o++)
+    if (makes_base(o)) add_value(&said, cell, o);
+  uint64_t hash = hash_bytes(HASH_START, said.s, said.n);
+  buf_free(&said);
+  return hash;
+}
+
+/* ---- claims ------------------------------------------------------------ */
+
+/* The rates: their letters in claims, the table that they stand in, and what
+ * is counted of which prompts. */
+enum { FALSE_REFUSAL, ON_TOPIC, TRUE_REFUSAL };
+static const struct {
+  const char *code;
+  int table;
+  const char *title, *label;
+  size_t count;
+} rate_kind[] = {
+    {"FR", 0, "false refusal", "pseudo-harmful", TBR_REFUSAL},
+    {"OT", 0, "on topic", "pseudo-harmful", TBR_COMPLIANCE},
+    {"TR", 0, "true refusal", "harmful", TBR_REFUSAL},
+    {"GE", 0, "general exact", "harmless", TBR_EXACT},
+    {"NE", 1, "neither", "pseudo-harmful", TBR_NEITHER},
+    {"HR", 1, "\"harmless\", yet refuses", "pseudo-harmful",
+     TBR_AGAINST_ITSELF},
+    {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
+    {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
+    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
+enum { RATES = sizeof rate_kind / sizeof *rate_kind };
+
+/* A condition of a claim: the sum of one rate of some arms, each times its
+ * factor, is above or below a bound. */
+enum { MOST_TERMS = 16 };
+typedef struct {
+  double factor;
+  const char *arm;
+} Term;
+typedef struct {
+  const char *text; /* as the grid has it */
+  size_t rate, terms;
+  Term term[MOST_TERMS];
+  int is_above;
+  double bound;
+} Condition;
+
+/* A claim holds if all of its conditions do. */
+typedef struct {
+  const char *name, *text;
+  Condition *condition;
+  size_t conditions;
+} Claim;
+
+/* A grid as it is read. */
+typedef struct {
+  char *text; /* which most strings point into */
+  Cell shared, *arm;
+  size_t arms, arms_cap;
+  Claim *claim;
+  size_t claims, claims_cap;
+} Grid;
+
+/* The arm of that name, or NULL. */
+static const Cell *grid_find(const Grid *grid, const char *name) {
+  for (size_t i = 0; i < grid->arms; i++)
+    if (!strcmp(grid->arm[i].arm, name)) return &grid->arm[i];
+  return NULL;
+}
+
+/* Reads words like `sft - 0.5 tbr` as the terms of a condition. */
+static void terms_read(Condition *condition, const Grid *grid,
+                       const Place *place, const char *const *word, size_t n) {
+  double factor = 1;
+  for (size_t i = 0; i < n; i++) {
+    char *end;
+    double number = strtod(word[i], &end);
+    const Cell *arm = grid_find(grid, word[i]);
+    int is_sign = !strcmp(word[i], "+") || !strcmp(word[i], "-");
+    if (is_sign) {
+      factor = *word[i] == '-' ? -1 : 1;
+    } else if (arm) {
+      Term term = {factor, arm->arm};
+      if (condition->terms < MOST_TERMS)
+        condition->term[condition->terms] = term;
+      condition->terms++;
+      factor = 1;
+    } else if (!*end) {
+      factor *= number;
+    } else {
+      fail_at(place, "there is no arm \"%s\" above", word[i]);
+    }
+  }
+}
+
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
+ * and arms should stand above. */
+static Condition condition_read(const char *text, const Grid *grid,
+                                const Place *place) {
+  Condition condition = {.text = text};
+  char *copy = copy_string(text);
+  Row words = split(*place, copy, ' ');
+  size_t sign = 0; /* which word is < or > */
+  while (sign < words.n && !strchr("<>", *words.cell[sign]))
+    sign++;
+  while (words.n && condition.rate < RATES &&
+         strcmp(words.cell[0], rate_kind[condition.rate].code))
+    condition.rate++;
+  int is_rule = sign > 1 && sign + 2 == words.n;
+  if (is_rule) {
+    char *end;
+    condition.is_above = *words.cell[sign] == '>';
+    condition.bound = strtod(words.cell[sign + 1], &end);
+    is_rule = !*end;
+    terms_read(&condition, grid, place, words.cell + 1, sign - 1);
+  }
+  if (!is_rule || condition.rate == RATES || !condition.terms ||
+      condition.terms > MOST_TERMS)
+    fail_at(place,
+            "a rule is conditions like `FR sft - 0.5 tbr > 0` of up to %d "
+            "arms, divided by &; \"%s\" is none",
+            MOST_TERMS, text);
+  free((void *)words.cell);
+  free(copy);
+  return condition;
+}
+
+/* Reads `NAME | TEXT | RULE`, divided in place, as a claim of the grid. */
+static void claim_read(Grid *grid, char *line, const Place *place) {
+  Row cells = split(*place, line, '|');
+  if (cells.n != 3) fail_at(place, "this should be `claim NAME | TEXT | RULE`");
+  Row rules = split(*place, (char *)cells.cell[2], '&');
+  Claim claim = {.name = cells.cell[0], .text = cells.cell[1]};
+  claim.condition = mem_new(rules.n, sizeof *claim.condition);
+  claim.conditions = rules.n;
+  for (size_t i = 0; i < rules.n; i++)
+    claim.condition[i] = condition_read(rules.cell[i], grid, place);
+  grid->claim =
+      mem_grow(grid->claim, &grid->claims_cap, grid->claims + 1, sizeof claim);
+  grid->claim[grid->claims] = claim;
+  grid->claims++;
+  free((void *)cells.cell);
+  free((void *)rules.cell);
+}
+
+/* ---- grids ------------------------------------------------------------- */
+
+/* Sets the option in `name=value`, divided in place, if it has one of these
+ * letters. */
+static void grid_set(Cell *cell, char *text, const char *letters,
+                     const Place *place) {
+  char *value = strchr(text, '=');
+  if (!value) fail_at(place, "\"%s\" should be option=value", text);
+  *value = 0;
+  const char *name = trim(text);
+  const Option *which = cell_option(name, "aA");
+  if (!which)
+    fail_at(place, "there is no option \"%s\"; `out/ablation help` lists them",
+            name);
+  if (!cell_option(name, letters))
+    fail_at(place, "%s holds for all arms; it should stand before the first",
+            name);
+  char *where = format_string("%s:%zu: --%s", place->path, place->line, name);
+  option_set(cell, which, trim(value + 1), where);
+  free(where);
+}
+
+/* Fails if no directory and no claim can have that name. */
+static void check_arm_name(const Grid *grid, const char *name,
+                           const Place *place) {
+  int is_name = name && !strpbrk(name, "=/") && strlen(name) <= 40;
+  int is_taken = is_name && (*name == '.' || !strcmp(name, "data") ||
+                             !strncmp(name, "base", 4));
+  if (!is_name || is_taken)
+    fail_at(place, "an arm needs a name (not data, nor base...): `arm NAME "
+                   "option=value ...`");
+  if (grid_find(grid, name))
+    fail_at(place, "there is an arm \"%s\" already", name);
+}
+
+/* Reads `NAME option=value ...`, divided in place, as an arm of the grid. */
+static void arm_read(Grid *grid, char *line, const Place *place) {
+  Cell arm = grid->shared;
+  char *word = strtok(line, " \t");
+  check_arm_name(grid, word, place);
+  arm.arm = word;
+  while ((word = strtok(NULL, " \t")) != NULL)
+    grid_set(&arm, word, "a", place);
+  const Cell *of = grid_find(grid, arm.of);
+  int is_trained = of && !*of->of && of->seeds >= arm.seeds;
+  if (*arm.of && !is_trained)
+    fail_at(place,
+            "of=%s should name an arm above that is trained, under as many "
+            "seeds",
+            arm.of);
+  if (!arm.seeds) fail_at(place, "seeds must be at least 1");
+  grid->arm = mem_grow(grid->arm, &grid->arms_cap, grid->arms + 1, sizeof arm);
+  grid->arm[grid->arms] = arm;
+  grid->arms++;
+}
+
+/* Sets the options of a command line: --name, value, ..., NULL. Each of them
+ * should have one of the letters. */
+static void set_given(Cell *cell, char *const *given, const char *letters) {
+  for (; *given; given += 2)
+    option_set(cell, cell_option(*given + 2, letters), given[1], *given);
+}
+
+/* Reads a grid: lines `option = value` that hold for all arms, then lines `arm
+ * NAME option=value ...` and `claim NAME | TEXT | RULE`. The given options
+ * take the place of what the file says for all. */
+static Grid grid_read(const char *path, char *const *given) {
+  Grid grid = {.text = read_file(path, NULL), .shared = cell_default()};
+  Place place = {.path = path};
+  char *next = grid.text, *line;
+  while ((line = take_line(&place, &next)) != NULL) {
+    line[strcspn(line, "#")] = 0;
+    if (!strncmp(line, "claim ", 6)) {
+      claim_read(&grid, line + 6, &place);
+    } else if (!strncmp(line, "arm ", 4)) {
+      if (!grid.arms) set_given(&grid.shared, given, "aA");
+      arm_read(&grid, line + 4, &place);
+    } else {
+      grid_set(&grid.shared, line, grid.arms ? "" : "aA", &place);
+    }
+  }
+  if (!grid.arms)
+    tbr_fail("%s: names no arm: `arm NAME option=value ...`", path);
+  return grid;
+}
+
+static void grid_free(Grid *grid) {
+  for (size_t i = 0; i < grid->claims; i++)
+    free(grid->claim[i].condition);
+  free(grid->arm);
+  free(grid->claim);
+  free(grid->text);
+}
+
+/* ---- the rows of an arm ------------------------------------------------ */
+
+/* The files of a cell: the option that names one, the world's file if none
+ * does, the label of its rows if they have none, and where in a cell are its
+ * path and how many rows of it are used. */
+static const struct {
+  const char *option, *made, *label;
+  size_t path_at, rows_at;
+} source[KINDS] = {
+    {"general", "general", "harmless", CELL(method.general),
+     CELL(method.general_rows)},
+    {"safety", "safety", "harmful", CELL(method.safety),
+     CELL(method.safety_rows)},
+    {"bridge", "bridge", "harmful", CELL(bridge), CELL(bridge_rows)},
+    {"pseudo", "pseudo", "pseudo-harmful", CELL(pseudo), CELL(pseudo_rows)},
+    {"prompts", "eval", "", CELL(method.prompts), CELL(method.limit)}};
+
+/* The path of a file of a cell; "": none. */
+static const char **path_of(Cell *cell, Kind kind) {
+  return (void *)((char *)cell + source[kind].path_at);
+}
+
+/* How many of its rows are used; 0: all, or none of bridge and pseudo. */
+static size_t limit_of(const Cell *cell, Kind kind) {
+  size_t limit;
+  memcpy(&limit, (const char *)cell + source[kind].rows_at, sizeof limit);
+  return limit;
+}
+
+/* The rows of one kind for an arm: the first n of a file. */
+typedef struct {
+  Cell *cell;
+  Kind kind;
+  const char *path;
+  WorldRows rows; /* all of the file */
+  size_t n;
+  double share;  /* of them that reflect */
+  size_t *other; /* a row's other one, whose reflection it has if shuffled */
+} ArmRows;
+
+/* A text of row i by its name in the file; fails if the row lacks it. */
+static char *text_of(const char *path, const WorldRows *rows, size_t i,
+                     const char *name) {
+  WorldRow *row = &rows->row[i];
+  char *text = NULL;
+  if (!strcmp(name, "reflection")) text = row->example.reflection;
+  if (!strcmp(name, "response")) text = row->example.response;
+  for (size_t k = 0; k < WORLD_MEMBERS; k++)
+    if (!strcmp(name, world_member[k].name)) text = *world_member_at(row, k);
+  if (!text)
+    tbr_fail("%s: example %zu, \"%.60s\", has no `%s`, which this arm needs",
+             path, i + 1, row->example.prompt, name);
+  return text;
+}
+
+/* Pairs each row of a file with another. */
+static size_t *other_rows(size_t n, Rng *rng) {
+  size_t *order = mem_raw(n, sizeof *order);
+  size_t *other = mem_raw(n, sizeof *other);
+  shuffle(order, n, rng);
+  for (size_t i = 0; i < n; i++)
+    other[order[i]] = order[(i + 1) % n];
+  free(order);
+  return other;
+}
+
+/* Replaces the reflections of these rows by the base model's own: what it goes
+ * on with behind their leads (internal rationales of the paper, section 3). */
+static void reflect_internally(ArmRows *from) {
+  const Cell *cell = from->cell;
+  TbrExamples plain = {0};
+  const char **lead = mem_new(from->n, sizeof *lead);
+  for (size_t i = 0; i < from->n; i++) {
+    lead[i] = text_of(from->path, &from->rows, i, "lead");
+    examples_add(&plain, from->rows.row[i].example);
+  }
+  TbrSampling how = {.temperature = cell->lead_temperature, .top_p = 1};
+  how.tokens = 96;
+  how.seed = cell->method.seed;
+  Pair base = pair_load(cell->method.base, cell->method.tokenizer);
+  tbr_reflect(base.model, base.tok, &plain, lead, &how);
+  for (size_t i = 0; i < from->n; i++)
+    from->rows.row[i].example.reflection = plain.row[i].reflection;
+  pair_free(&base);
+  free(lead);
+  free(plain.row);
+}
+
+/* What stands as reflection of row i. */
+static char *reflection_of(const ArmRows *from, size_t i, int is_noisy) {
+  static const char *const text[] = {
+      [OWN] = "reflection",      [REWORDED] = "reworded",
+      [INTERNAL] = "reflection", [FILLER] = "filler",
+      [SHUFFLED] = "reflection", [LABEL] = "label_only"};
+  int style = from->cell->style;
+  if (is_noisy) return text_of(from->path, &from->rows, i, "wrong");
+  if (style == SHUFFLED) i = from->other[i];
+  return text_of(from->path, &from->rows, i, text[style]);
+}
+
+/* Row i as the arm trains on it. Its strings stay those of the file. Three
+ * draws are made for every row, so that arms differ only where they should. */
+static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
+  const Cell *cell = from->cell;
+  TbrExample row = from->rows.row[i].example;
+  int by_share = rng_uniform(rng) < from->share;
+  int by_asked = rng_uniform(rng) < cell->asked;
+  int is_noisy = rng_uniform(rng) < cell->noise;
+  int is_asked = from->kind == BRIDGE || (from->kind == GENERAL && by_asked);
+  int reflects = (is_asked || by_share) && row.reflection;
+  if (is_asked) row.prompt = text_of(from->path, &from->rows, i, "asked");
+  row.response = text_of(from->path, &from->rows, i, "response");
+  row.reflection = reflects ? reflection_of(from, i, is_noisy) : NULL;
+  if (!row.label) row.label = (char *)source[from->kind].label;
+  return row;
+}
+
+/* Whether a row that reflects comes to another verdict than its label. */
+static int contradicts_label(const TbrExample *row) {
+  if (!row->reflection) return 0;
+  int truth = strcmp(row->label, "harmful") ? 1 : -1;
+  return tbr_verdict(row->reflection) != truth;
+}
+
+/* Reads the rows of one kind, and draws what is drawn for all of them. */
+static ArmRows arm_rows_read(Cell *cell, Kind kind, Rng *rng) {
+  ArmRows from = {.cell = cell, .path = *path_of(cell, kind), .kind = kind};
+  size_t limit = limit_of(cell, kind);
+  if (!*from.path || (kind >= BRIDGE && !limit)) return from;
+  from.rows = world_rows_read(from.path);
+  from.n = from.rows.n;
+  if (limit && limit < from.n) from.n = limit;
+  from.share = reflecting_share((TbrReflecting)cell->method.reflection,
+                                cell->method.share, kind == SAFETY);
+  if (kind == BRIDGE) from.share = 1;
+  from.other = other_rows(from.rows.n, rng);
+  int may_reflect = from.share > 0 || (kind == GENERAL && cell->asked > 0);
+  if (cell->style == INTERNAL && may_reflect) reflect_internally(&from);
+  return from;
+}
+
+static void arm_rows_free(ArmRows *from) {
+  world_rows_free(&from->rows);
+  free(from->other);
+}
+
+/* Adds the rows of one kind to those that an arm trains on, and to the report
+ * what became of them, as JSON. Their strings stay those of what it returns. */
+static ArmRows add_rows(TbrExamples *to, Cell *cell, Kind kind, Buf *report) {
+  Rng rng = rng_stream(cell->method.seed, FOR_ROWS, (uint64_t)kind);
+  ArmRows from = arm_rows_read(cell, kind, &rng);
+  size_t reflecting = 0, filtered = 0;
+  for (size_t i = 0; i < from.n; i++) {
+    TbrExample row = arm_row(&from, i, &rng);
+    if (cell->filter && contradicts_label(&row)) {
+      filtered++;
+      continue;
+    }
+    reflecting += row.reflection != NULL;
+    examples_add(to, row);
+  }
+  if (!from.n) return from;
+  buf_str(report, "{\"file\": ");
+  json_quote(report, from.path, strlen(from.path));
+  buf_printf(report,
+             ", \"rows\": %zu, \"reflecting\": %zu, \"filtered\": %zu}\n",
+             from.n, reflecting, filtered);
+  return from;
+}
+
+/* Writes the rows that a cell trains on to train.jsonl in its directory, and
+ * what became of each file's to arm.jsonl; train.jsonl becomes its data. */
+static void cell_rows(Cell *cell) {
+  ArmRows from[PROMPTS];
+  TbrExamples rows = {0};
+  Buf report = {0};
+  for (int kind = 0; kind < PROMPTS; kind++)
+    from[kind] = add_rows(&rows, cell, (Kind)kind, &report);
+  if (!rows.n)
+    tbr_fail("arm %s has no rows to train on; general= and safety= name files",
+             cell->arm);
+  make_directory(cell->method.out);
+  cell->method.data = path_in(cell->method.out, "train.jsonl");
+  tbr_examples_write(cell->method.data, &rows, TBR_NATIVE);
+  write_in(cell->method.out, "arm.jsonl", report.s, report.n);
+  for (int kind = 0; kind < PROMPTS; kind++)
+    arm_rows_free(&from[kind]);
+  free(rows.row);
+  buf_free(&report);
+}
+
+/* ---- the rule of form -------------------------------------------------- */
+
+/* Takes the next word of a text in lower case, as a key that is not 0; 0 at
+ * the end of the text. */
+static uint64_t take_word(const char **text) {
+  static const char letters[] = "abcdefghijklmnopqrstuvwxyz0123456789'";
+  const char *word = *text + strcspn(*text, letters);
+  size_t length = strspn(word, letters);
+  *text = word + length;
+  return length ? hash_bytes(HASH_START, word, length) | 1 : 0;
+}
+
+static void count_words(Map *words, const char *prompt) {
+  char *text = lower_trimmed(prompt);
+  const char *next = text;
+  uint64_t word;
+  while ((word = take_word(&next)) != 0)
+    ++*map_put(words, word);
+  free(text);
+}
+
+/* The form of a prompt as a key: its words, with one gap for each run of words
+ * that come less than once in twenty of the prompts whose words are counted. */
+static uint64_t form_of(const Map *words, size_t prompts, const char *prompt) {
+  char *text = lower_trimmed(prompt);
+  const char *next = text;
+  uint64_t word, form = HASH_START;
+  int in_gap = 0;
+  while ((word = take_word(&next)) != 0) {
+    int is_common = map_get(words, word) * 20 >= prompts;
+    if (is_common)
+      form = hash_bytes(form, &word, sizeof word);
+    else if (!in_gap)
+      form = hash_bytes(form, "_", 1);
+    in_gap = !is_common;
+  }
+  free(text);
+  return form | 1;
+}
+
+/* Judges tests by the rows that an arm would be trained on: refuses what has a
+ * form that is commoner among harmful prompts than among others, and says
+ * nothing else. */
+static void form_evaluate(Cell *cell, const TbrExamples *tests,
+                          TbrResults *results) {
+  TbrExamples rows[2];
+  Map words = {0}, forms[2] = {{0}};
+  for (int kind = GENERAL; kind <= SAFETY; kind++) {
+    rows[kind] =
+        rows_of_kind(*path_of(cell, (Kind)kind), limit_of(cell, (Kind)kind));
+    for (size_t i = 0; i < rows[kind].n; i++)
+      count_words(&words, rows[kind].row[i].prompt);
+  }
+  size_t general = rows[GENERAL].n, harmful = rows[SAFETY].n;
+  size_t prompts = general + harmful;
+  for (int kind = GENERAL; kind <= SAFETY; kind++) {
+    for (size_t i = 0; i < rows[kind].n; i++)
+      ++*map_put(&forms[kind],
+                 form_of(&words, prompts, rows[kind].row[i].prompt));
+    tbr_examples_free(&rows[kind]);
+  }
+  for (size_t i = 0; i < tests->n; i++) {
+    uint64_t form = form_of(&words, prompts, tests->row[i].prompt);
+    size_t refusal = map_get(&forms[SAFETY], form) * general >
+                     map_get(&forms[GENERAL], form) * harmful;
+    size_t is[TBR_COUNTS] = {
+        [TBR_N] = 1, [TBR_REFUSAL] = refusal, [TBR_NEITHER] = !refusal};
+    count_judgement(results, &tests->row[i], is);
+  }
+  free(words.slot);
+  free(forms[GENERAL].slot);
+  free(forms[SAFETY].slot);
+}
+
+/* ---- results ----------------------------------------------------------- */
+
+/* The counts of an arm under a seed, of one label and type of prompts. */
+typedef struct {
+  char arm[48];
+  uint64_t seed;
+  TbrResult line;
+} Result;
+
+/* The lines that are the first of something. */
+typedef struct {
+  size_t *line;
+  size_t n, cap;
+} Firsts;
+
+/* Starts as {0}. */
+typedef struct {
+  Result *row;
+  size_t n, cap;
+  Firsts arms, seeds, types; /* the first of each arm, seed, label and type */
+} Results;
+
+static const char *const count_name[TBR_COUNTS] = {
+    "n",     "refusal",   "compliance",    "neither",
+    "exact", "reflected", "against_itself"};
+
+static void results_free(Results *results) {
+  free(results->row);
+  free(results->arms.line);
+  free(results->seeds.line);
+  free(results->types.line);
+}
+
+/* The arm, or the seed, number i in the order of the results. */
+static const char *arm_at(const Results *results, size_t i) {
+  return results->row[results->arms.line[i]].arm;
+}
+static uint64_t seed_at(const Results *results, size_t i) {
+  return results->row[results->seeds.line[i]].seed;
+}
+
+static void firsts_add(Firsts *firsts, size_t line) {
+  firsts->line =
+      mem_grow(firsts->line, &firsts->cap, firsts->n + 1, sizeof line);
+  firsts->line[firsts->n] = line;
+  firsts->n++;
+}
+
+/* Whether two lines count the same label and type. */
+static int is_type(const TbrResult *one, const TbrResult *other) {
+  return !strcmp(one->label, other->label) && !strcmp(one->type, other->type);
+}
+
+/* Adds a line. Returns 0 if there is one of its arm, seed, label and type. */
+static int results_add(Results *results, const Result *add) {
+  int is_new_arm = 1, is_new_seed = 1, is_new_type = 1;
+  for (size_t i = 0; i < results->n; i++) {
+    const Result *row = &results->row[i];
+    int same_arm = !strcmp(row->arm, add->arm);
+    int same_seed = row->seed == add->seed;
+    int same_type = is_type(&row->line, &add->line);
+    if (same_arm && same_seed && same_type) return 0;
+    if (same_arm) is_new_arm = 0;
+    if (same_seed) is_new_seed = 0;
+    if (same_type) is_new_type = 0;
+  }
+  if (is_new_arm) firsts_add(&results->arms, results->n);
+  if (is_new_seed) firsts_add(&results->seeds, results->n);
+  if (is_new_type) firsts_add(&results->types, results->n);
+  results->row =
+      mem_grow(results->row, &results->cap, results->n + 1, sizeof *add);
+  results->row[results->n] = *add;
+  results->n++;
+  return 1;
+}
+
+/* Writes the results of a cell to results.jsonl in its directory; `mark` says
+ * what they come from. */
+static void results_write(const Cell *cell, const TbrResults *results,
+                          const char *mark) {
+  Buf text = {0};
+  buf_str(&text, "");
+  for (size_t i = 0; i < results->n; i++) {
+    const TbrResult *line = &results->row[i];
+    buf_str(&text, "{");
+    json_field(&text, "arm", cell->arm);
+    buf_printf(&text, ", \"seed\": %zu", cell->method.seed);
+    json_field(&text, "label", line->label);
+    json_field(&text, "type", line->type);
+    for (size_t c = 0; c < TBR_COUNTS; c++)
+      buf_printf(&text, ", \"%s\": %zu", count_name[c], line->count[c]);
+    json_field(&text, "cell", mark);
+    buf_str(&text, "}\n");
+  }
+  write_in(cell->method.out, "results.jsonl", text.s, text.n);
+  buf_free(&text);
+}
+
+/* A member that is a whole number. */
+static size_t count_of(const Json *row, const char *name, const Place *place) {
+  size_t count;
+  if (!whole(json_number(row, name, 0), &count))
+    fail_at(place, "\"%s\" is no count", name);
+  return count;
+}
+
+/* One line of a file of results. */
+static Result result_of(const Json *row, const Place *place) {
+  Result result = {.seed = 0};
+  const char *arm = json_string(row, "arm", NULL);
+  if (!arm) fail_at(place, "is no line of results: it names no arm");
+  snprintf(result.arm, sizeof result.arm, "%s", arm);
+  snprintf(result.line.label, sizeof result.line.label, "%s",
+           json_string(row, "label", "unknown"));
+  snprintf(result.line.type, sizeof result.line.type, "%s",
+           json_string(row, "type", "unknown"));
+  result.seed = count_of(row, "seed", place);
+  if (!json_get(row, "n"))
+    fail_at(place, "is no line of results: it has no \"n\", which counts the "
+                   "prompts");
+  size_t *count = result.line.count;
+  for (size_t c = 0; c < TBR_COUNTS; c++) {
+    count[c] = count_of(row, count_name[c], place);
+    if (count[c] > count[TBR_N])
+      fail_at(place, "\"%s\" is %zu, more than the %zu prompts of \"n\"",
+              count_name[c], count[c], count[TBR_N]);
+  }
+  return result;
+}
+
+static Results results_read(const char *path) {
+  Results results = {0};
+  char *text = read_file(path, NULL);
+  char *next = text, *line;
+  Place place = {.path = path};
+  while ((line = take_line(&place, &next)) != NULL) {
+    Json *row = json_parse(line, strlen(line), path, place.line);
+    Result result = result_of(row, &place);
+    if (!results_add(&results, &result))
+      fail_at(&place,
+              "there is a line of this arm, seed, label and type above");
+    json_free(row);
+  }
+  free(text);
+  if (!results.n) tbr_fail("%s: has no results in it", path);
+  return results;
+}
+
+/* ---- a cell ------------------------------------------------------------ */
+
+/* Makes the tokenizer and the base model of a cell. */
+static void cell_base(Cell *cell) {
+  Options method = cell->method;
+  method.out = method.base;
+  method.tokenizer = method.base;
+  verb_tokenizer(&method);
+  verb_pretrain(&method);
+}
+
+/* The tests of a cell: some of its prompts, perhaps with the request to think
+ * first. */
+static TbrExamples tests_read(const Cell *cell) {
+  const char *path = cell->method.prompts;
+  WorldRows rows = world_rows_read(path);
+  TbrExamples tests = {0};
+  for (size_t i = 0; i < rows.n; i++) {
+    WorldRow *row = &rows.row[i];
+    if (cell->think) {
+      char *plain = row->example.prompt;
+      row->example.prompt = text_of(path, &rows, i, "asked");
+      row->asked = plain;
+    }
+    examples_add(&tests, row->example);
+    row->example = (TbrExample){0}; /* whose strings went over */
+  }
+  world_rows_free(&rows);
+  examples_spread(&tests, cell->method.limit);
+  return tests;
+}
+
+/* Adds a file of a directory to a text. */
+static void add_file(Buf *to, const char *directory, const char *name) {
+  size_t n;
+  char *path = path_in(directory, name);
+  char *bytes = read_file(path, &n);
+  buf_add(to, bytes, n);
+  free(path);
+  free(bytes);
+}
+
+/* Writes a mark of all that an evaluation depends on. */
+static void evaluation_mark(char mark[17], const Cell *cell,
+                            TbrExamples *tests) {
+  const Options *o = &cell->method;
+  Buf said = {0};
+  buf_printf(&said, "%.17g %.17g %zu %zu %d %s", o->temperature, o->top_p,
+             o->tokens, o->seed, o->rule, cell->arm);
+  for (size_t i = 0; i < tests->n; i++) {
+    buf_str(&said, "\n{");
+    example_members(&said, &tests->row[i], 0);
+  }
+  add_file(&said, o->model, "config.json");
+  add_file(&said, o->model, "tokenizer.json");
+  add_file(&said, o->model, "model.safetensors");
+  uint64_t hash = hash_bytes(HASH_START, said.s, said.n);
+  snprintf(mark, 17, "%016llx", (unsigned long long)hash);
+  buf_free(&said);
+}
+
+/* Whether the results of a cell are there and have that mark. */
+static int is_evaluated(const Cell *cell, const char *mark) {
+  Buf text = {0};
+  char *path = path_in(cell->method.out, "results.jsonl");
+  if (file_exists(path)) add_file(&text, cell->method.out, "results.jsonl");
+  int found = text.s && strstr(text.s, mark);
+  free(path);
+  buf_free(&text);
+  return found;
+}
+
+/* Lets the model of a cell answer its tests. */
+static void model_evaluate(const Cell *cell, const TbrExamples *tests,
+                           TbrResults *results) {
+  const Options *method = &cell->method;
+  Buf tag = {0};
+  buf_str(&tag, "\"arm\": ");
+  json_quote(&tag, cell->arm, strlen(cell->arm));
+  buf_printf(&tag, ", \"seed\": %zu", method->seed);
+  TbrEvaluation how = {.sampling = sampling_of(method),
+                       .rule = (TbrRule)method->rule,
+                       .tag = tag.s,
+                       .label = cell->arm,
+                       .directory = method->out};
+  Pair pair = pair_load(method->model, "");
+  size_t cut = tbr_evaluate(pair.model, pair.tok, tests, &how, results);
+  if (cut)
+    fprintf(stderr,
+            "tbr: %s: %zu of %zu prompts are longer than the context and were "
+            "cut\n",
+            method->prompts, cut, tests->n);
+  pair_free(&pair);
+  buf_free(&tag);
+}
+
+/* Whether a cell trains a model of its own. */
+static int is_trained(const Cell *cell) {
+  return cell->by == BY_MODEL && !*cell->of;
+}
+
+/* Trains and evaluates one cell. */
+static void cell_run(Cell *cell) {
+  char mark[17] = "form";
+  if (is_trained(cell)) {
+    cell_rows(cell);
+    verb_train(&cell->method);
+  }
+  TbrExamples tests = tests_read(cell);
+  TbrResults results = {0};
+  make_directory(cell->method.out);
+  if (cell->by == BY_MODEL) evaluation_mark(mark, cell, &tests);
+  if (cell->by == BY_FORM) {
+    form_evaluate(cell, &tests, &results);
+    results_write(cell, &results, mark);
+  } else if (!is_evaluated(cell, mark)) {
+    model_evaluate(cell, &tests, &results);
+    results_write(cell, &results, mark);
+  }
+  free(results.row);
+  tbr_examples_free(&tests);
+}
+
+/* ---- the cells of a grid ----------------------------------------------- */
+
+/* The base model of an arm: the one that is named, or made in `home`; arms
+ * that differ in nothing that it depends on share it. */
+static char *base_path(const Cell *arm, const Cell *shared, const char *home) {
+  if (*arm->method.base) return copy_string(arm->method.base);
+  unsigned long long hash = base_hash(arm);
+  if (hash == base_hash(shared)) return path_in(home, "base");
+  return format_string("%s/base-%08llx", home, hash & 0xffffffff);
+}
+
+/* The cell of an arm under a seed: the arm's options, with all paths, which
+ * the cell owns. What the grid doesn't name is the world's and the base's that
+ * was pretrained on it. */
+static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
+  Cell cell = *arm;
+  char *home = format_string("%s/seed-%zu", shared->method.out, seed);
+  for (int kind = 0; kind < KINDS; kind++) {
+    const char **path = path_of(&cell, (Kind)kind);
+    int is_none = !strcmp(*path, "none");
+    if (**path && !is_none && !file_exists(*path))
+      tbr_fail("%s: cannot be opened; arm %s names it as %s", *path, arm->arm,
+               source[kind].option);
+    if (**path)
+      *path = copy_string(is_none ? "" : *path);
+    else
+      *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
+  }
+  cell.needs_base = is_trained(arm) && !*arm->method.base;
+  cell.method.base = base_path(arm, shared, home);
+  cell.method.text = format_string("%s/data/%s.txt", home, arm->mix);
+  cell.method.out = path_in(home, arm->arm);
+  cell.method.model = path_in(home, *arm->of ? arm->of : arm->arm);
+  cell.method.data = copy_string("");
+  cell.method.name = arm->arm;
+  cell.method.seed = seed;
+  free(home);
+  return cell;
+}
+
+static void cell_free(Cell *cell) {
+  for (int kind = 0; kind < KINDS; kind++)
+    free((char *)*path_of(cell, (Kind)kind));
+  free((char *)cell->method.base);
+  free((char *)cell->method.text);
+  free((char *)cell->method.out);
+  free((char *)cell->method.model);
+  free((char *)cell->method.data);
+}
+
+/* Jobs of one kind, and how far they are. */
+typedef struct {
+  void (*work)(Cell *);
+  Cell **cell;
+  size_t n, done;
+  double began;
+  const char *what;
+} Jobs;
+
+/* Runs job i; says on a terminal how many are done, and when the rest may
+ * be. */
+static void run_job(Jobs *jobs, size_t i) {
+  jobs->work(jobs->cell[i]);
+#pragma omp critical(ablation_jobs)
+  {
+    jobs->done++;
+    double spent = now() - jobs->began;
+    double left = spent / (double)jobs->done * (double)(jobs->n - jobs->done);
+    if (is_terminal(stderr))
+      fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n",
+              jobs->done, jobs->n, jobs->what, spent, left);
+  }
+}
+
+/* Runs jobs: side by side, one thread each, as long as all threads have one;
+ * what is left over one by one, with all threads inside (and outside of any
+ * parallel region, within which OpenMP makes new threads for each loop). */
+static void run_jobs(Jobs *jobs) {
+  size_t team = (size_t)threads(), beside = 0;
+  if (team > 1) beside = jobs->n / team * team;
+  jobs->began = now();
+#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
+  for (size_t i = 0; i < beside; i++)
+    run_job(jobs, i);
+  for (size_t i = beside; i < jobs->n; i++)
+    run_job(jobs, i);
+}
+
+/* All cells of a grid: those of the first seed, then those of the next. */
+typedef struct {
+  Cell *cell;
+  size_t n, seeds;
+} Cells;
+
+static Cells cells_of(const Grid *grid) {
+  Cells cells = {0};
+  for (size_t i = 0; i < grid->arms; i++)
+    if (grid->arm[i].seeds > cells.seeds) cells.seeds = grid->arm[i].seeds;
+  cells.cell = mem_new(times(cells.seeds, grid->arms), sizeof *cells.cell);
+  for (size_t s = 0; s < cells.seeds; s++)
+    for (size_t i = 0; i < grid->arms; i++) {
+      const Cell *arm = &grid->arm[i];
+      if (s >= arm->seeds) continue;
+      size_t seed = grid->shared.method.seed + s;
+      cells.cell[cells.n] = cell_of(arm, &grid->shared, seed);
+      cells.n++;
+    }
+  return cells;
+}
+
+/* Makes the worlds of all seeds. */
+static void make_worlds(const Cell *shared, size_t seeds) {
+  for (size_t s = 0; *shared->world && s < seeds; s++) {
+    size_t seed = shared->method.seed + s;
+    char *data = format_string("%s/seed-%zu/data", shared->method.out, seed);
+    world_make(shared->world, seed, &shared->sizes, data);
+    free(data);
+  }
+}
+
+/* The stages of a grid: the base models that arms don't name, each of them
+ * once; the cells that train; those that use models of others. */
+typedef enum { BASES, ARMS, EVALUATIONS } Stage;
+
+/* Whether cell i has work in a stage. */
+static int is_wanted(const Cells *cells, size_t i, Stage stage) {
+  const Cell *cell = &cells->cell[i];
+  int uses_other = *cell->of != 0;
+  if (stage != BASES) return uses_other == (stage == EVALUATIONS);
+  for (size_t k = 0; k < i; k++) {
+    const Cell *before = &cells->cell[k];
+    int is_same = !strcmp(before->method.base, cell->method.base);
+    if (is_same && before->needs_base) return 0;
+  }
+  return cell->needs_base;
+}
+
+static void run_stage(const Cells *cells, Stage stage) {
+  static const char *const what[] = {"bases", "arms", "evaluations"};
+  Jobs jobs = {.work = stage == BASES ? cell_base : cell_run,
+               .what = what[stage]};
+  jobs.cell = mem_new(cells->n, sizeof *jobs.cell);
+  for (size_t i = 0; i < cells->n; i++) {
+    if (!is_wanted(cells, i, stage)) continue;
+    jobs.cell[jobs.n] = &cells->cell[i];
+    jobs.n++;
+  }
+  run_jobs(&jobs);
+  free(jobs.cell);
+}
+
+/* Writes the results of all cells to one file. */
+static void collect_results(const Cells *cells, const char *path) {
+  Buf all = {0};
+  for (size_t i = 0; i < cells->n; i++)
+    add_file(&all, cells->cell[i].method.out, "results.jsonl");
+  write_file(path, all.s, all.n);
+  buf_free(&all);
+}
+
+/* ---- statistics -------------------------------------------------------- */
+
+/* The 97.5% quantile of Student's t. */
+static double t_quantile(size_t freedom) {
+  static const double known[] = {
+      12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060,
+      2.2622,  2.2281, 2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199,
+      2.1098,  2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639,
+      2.0595,  2.0555, 2.0518, 2.0484, 2.0452, 2.0423};
+  if (!freedom) return INFINITY;
+  if (freedom <= sizeof known / sizeof *known) return known[freedom - 1];
+  /* Cornish and Fisher (1938): within 0.0001 from here on */
+  double f = (double)freedom;
+  return 1.959964 + 2.3723 / f + 2.8224 / (f * f);
+}
+
+/* The mean of n numbers; *half is half the length of its 95% t-interval. */
+static double mean_of(const double *x, size_t n, double *half) {
+  double mean = 0, squares = 0;
+  for (size_t i = 0; i < n; i++)
+    mean += x[i] / (double)n;
+  for (size_t i = 0; i < n; i++)
+    squares += (x[i] - mean) * (x[i] - mean);
+  *half = 0;
+  if (n > 1)
+    *half = t_quantile(n - 1) * sqrt(squares / (double)(n - 1) / (double)n);
+  return mean;
+}
+
+/* The counts of an arm, summed over its lines of one label; of any seed if
+ * that is ANY_SEED, of any type if that is NULL. */
+#define ANY_SEED UINT64_MAX
+static TbrResult total(const Results *results, const char *arm, uint64_t seed,
+                       const char *label, const char *type) {
+  TbrResult sum = {.label = ""};
+  for (size_t i = 0; i < results->n; i++) {
+    const Result *row = &results->row[i];
+    if (strcmp(row->arm, arm) || strcmp(row->line.label, label)) continue;
+    if (type && strcmp(row->line.type, type)) continue;
+    if (seed != ANY_SEED && seed != row->seed) continue;
+    for (size_t c = 0; c < TBR_COUNTS; c++)
+      sum.count[c] += row->line.count[c];
+  }
+  return sum;
+}
+
+/* One of the rates of an arm under a seed; -1 if there are no prompts. */
+static double rate_of(const Results *results, size_t rate, const char *arm,
+                      uint64_t seed) {
+  TbrResult sum = total(results, arm, seed, rate_kind[rate].label, NULL);
+  size_t n = sum.count[TBR_N];
+  if (!n) return -1;
+  return (double)sum.count[rate_kind[rate].count] / (double)n;
+}
+
+/* A condition's sum over seeds: under how many of them every arm has that
+ * rate, the mean, and half of its t-interval. */
+typedef struct {
+  size_t seeds;
+  double mean, half;
+} OverSeeds;
+
+static OverSeeds over_seeds(const Results *results, const Condition *of) {
+  OverSeeds found = {0};
+  double *sums = mem_new(results->seeds.n, sizeof *sums);
+  for (size_t i = 0; i < results->seeds.n; i++) {
+    double sum = 0, one = 0;
+    for (size_t t = 0; one >= 0 && t < of->terms; t++) {
+      const Term *term = &of->term[t];
+      one = rate_of(results, of->rate, term->arm, seed_at(results, i));
+      sum += term->factor * one;
+    }
+    if (one < 0) continue;
+    sums[found.seeds] = sum;
+    found.seeds++;
+  }
+  found.mean = mean_of(sums, found.seeds, &found.half);
+  free(sums);
+  return found;
+}
+
+/* Decides a condition by its 95% t-interval over seeds: 1 it holds, -1 it
+ * doesn't, 0 that isn't decided. Adds what was found. */
+static int condition_decide(Buf *found, const Results *results,
+                            const Condition *condition) {
+  OverSeeds over = over_seeds(results, condition);
+  double beyond = over.mean - condition->bound;
+  if (!condition->is_above) beyond = condition->bound - over.mean;
+  buf_str(found, condition->text);
+  if (over.seeds < 2) return 0;
+  buf_printf(found, " (%.3f +- %.3f, %zu seeds)", over.mean, over.half,
+             over.seeds);
+  return (beyond > over.half) - (beyond < -over.half);
+}
+
+/* Decides a claim: it holds if all of its conditions do, and doesn't if one of
+ * them doesn't. Adds what was found. */
+static const char *claim_decide(Buf *found, const Results *results,
+                                const Claim *claim) {
+  int least = 1;
+  for (size_t i = 0; i < claim->conditions; i++) {
+    if (i) buf_str(found, "; ");
+    int held = condition_decide(found, results, &claim->condition[i]);
+    if (held < least) least = held;
+  }
+  if (least > 0) return "holds";
+  return least < 0 ? "does not hold" : "not decided";
+}
+
+/* ---- tables ------------------------------------------------------------ */
+
+/* A table: its cells (fresh), row by row. Starts as {0}. */
+typedef struct {
+  char **cell;
+  size_t n, cap;
+  size_t columns; /* as many as the first row had cells */
+} Table;
+
+/* Tables, as Markdown and as CSV. */
+typedef struct {
+  Buf text, csv;
+} Report;
+
+TBR_PRINTF(2, 3)
+static void put_cell(Table *table, const char *format, ...) {
+  Buf text = {0};
+  va_list args;
+  va_start(args, format);
+  buf_vprintf(&text, format, args);
+  va_end(args);
+  table->cell =
+      mem_grow(table->cell, &table->cap, table->n + 1, sizeof *table->cell);
+  table->cell[table->n] = text.s;
+  table->n++;
+}
+
+/* Ends the first row. */
+static void table_head_ends(Table *table) { table->columns = table->n; }
+
+/* The longest cell of a column. */
+static size_t column_width(const Table *table, size_t column) {
+  size_t width = 0;
+  for (size_t i = column; i < table->n; i += table->columns) {
+    size_t length = strlen(table->cell[i]);
+    if (length > width) width = length;
+  }
+  return width;
+}
+
+/* Adds a table as Markdown. Only the CSV has more than ten columns. */
+static void add_markdown(Buf *to, const Table *table) {
+  enum { MOST = 10 };
+  size_t columns = table->columns < MOST ? table->columns : MOST;
+  for (size_t row = 0; row < table->n; row += table->columns) {
+    for (size_t c = 0; c < columns; c++) {
+      int width = (int)column_width(table, c);
+      buf_printf(to, "| %-*s ", width, table->cell[row + c]);
+    }
+    buf_str(to, "|\n");
+    if (row > 0) continue;
+    for (size_t c = 0; c < columns; c++) {
+      buf_str(to, "|-");
+      for (size_t k = 0; k <= column_width(table, c); k++)
+        buf_char(to, '-');
+    }
+    buf_str(to, "|\n");
+  }
+  buf_char(to, '\n');
+}
+
+/* Adds a table to a report, and frees it. */
+static void add_table(Report *to, Table *table) {
+  add_markdown(&to->text, table);
+  for (size_t i = 0; i < table->n; i++) {
+    int ends_row = (i + 1) % table->columns == 0;
+    csv_quote(&to->csv, table->cell[i]);
+    buf_char(&to->csv, ends_row ? '\n' : ',');
+    free(table->cell[i]);
+  }
+  buf_char(&to->csv, '\n');
+  free(table->cell);
+}
+
+/* The rate of an arm over seeds, or its difference to that of another, which
+ * may be NULL. */
+static OverSeeds rate_over_seeds(const Results *results, size_t rate,
+                                 const char *arm, const char *less) {
+  Condition one = {.rate = rate, .terms = 1, .term = {{1, arm}, {-1, less}}};
+  if (less) one.terms = 2;
+  return over_seeds(results, &one);
+}
+
+/* How often what a rate counts was seen, of how many, over all seeds; with
+ * Wilson's interval. */
+typedef struct {
+  size_t count, n;
+  double low, high;
+} OverPrompts;
+
+static OverPrompts over_prompts(const Results *results, size_t rate,
+                                const char *arm) {
+  const char *label = rate_kind[rate].label;
+  TbrResult sum = total(results, arm, ANY_SEED, label, NULL);
+  OverPrompts found = {.count = sum.count[rate_kind[rate].count],
+                       .n = sum.count[TBR_N]};
+  tbr_wilson(found.count, found.n, &found.low, &found.high);
+  return found;
+}
+
+/* Adds the rate of an arm as a cell: count/n, the rate, Wilson's interval;
+ * from two seeds on the mean over seeds with its t-interval, and Wilson's over
+ * all prompts. With another arm, the mean difference under the same seeds. */
+static void rate_cell(Table *table, const Results *results, size_t rate,
+                      const char *arm, const char *less) {
+  OverSeeds over = rate_over_seeds(results, rate, arm, less);
+  OverPrompts all = over_prompts(results, rate, arm);
+  if (!over.seeds)
+    put_cell(table, "-");
+  else if (less)
+    put_cell(table, "%+.3f +- %.3f", over.mean, over.half);
+  else if (over.seeds > 1)
+    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", over.mean, over.half, all.low,
+             all.high);
+  else
+    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", all.count, all.n, over.mean,
+             all.low, all.high);
+}
+
+/* Whether a rate stands in a table: whether it does, and has prompts. */
+static int is_column(const Results *results, size_t rate, int table) {
+  if (rate_kind[rate].table != table) return 0;
+  for (size_t i = 0; i < results->n; i++)
+    if (!strcmp(results->row[i].line.label, rate_kind[rate].label)) return 1;
+  return 0;
+}
+
+/* Adds a table of rates: an arm a row, and a column for each rate that there
+ * are prompts for; with a baseline, of the differences to it. */
+static void rate_table(Report *to, const Results *results, int which,
+                       const char *baseline) {
+  Table table = {0};
+  if (baseline)
+    put_cell(&table, "arm less %s", baseline);
+  else
+    put_cell(&table, "arm");
+  for (size_t c = 0; c < RATES; c++)
+    if (is_column(results, c, which))
+      put_cell(&table, "%s (%s)", rate_kind[c].title, rate_kind[c].code);
+  table_head_ends(&table);
+  for (size_t i = 0; i < results->arms.n; i++) {
+    const char *arm = arm_at(results, i);
+    if (baseline && !strcmp(arm, baseline)) continue;
+    put_cell(&table, "%s", arm);
+    for (size_t c = 0; c < RATES; c++)
+      if (is_column(results, c, which))
+        rate_cell(&table, results, c, arm, baseline);
+  }
+  add_table(to, &table);
+}
+
+/* Adds the table of refusals: a type a row and an arm a column. */
+static void type_table(Report *to, const Results *results) {
+  Table table = {0};
+  put_cell(&table, "refused, by type");
+  put_cell(&table, "label");
+  for (size_t a = 0; a < results->arms.n; a++)
+    put_cell(&table, "%s", arm_at(results, a));
+  table_head_ends(&table);
+  for (size_t i = 0; i < results->types.n; i++) {
+    const TbrResult *line = &results->row[results->types.line[i]].line;
+    put_cell(&table, "%s", line->type);
+    put_cell(&table, "%s", line->label);
+    for (size_t a = 0; a < results->arms.n; a++) {
+      const char *arm = arm_at(results, a);
+      TbrResult sum = total(results, arm, ANY_SEED, line->label, line->type);
+      put_cell(&table, "%zu/%zu", sum.count[TBR_REFUSAL], sum.count[TBR_N]);
+    }
+  }
+  add_table(to, &table);
+}
+
+/* Adds false and true refusal of every arm under every seed. */
+static void seed_table(Report *to, const Results *results) {
+  Table table = {0};
+  put_cell(&table, "false/true refusal, by seed");
+  for (size_t s = 0; s < results->seeds.n; s++)
+    put_cell(&table, "%llu", (unsigned long long)seed_at(results, s));
+  table_head_ends(&table);
+  for (size_t a = 0; a < results->arms.n; a++) {
+    const char *arm = arm_at(results, a);
+    put_cell(&table, "%s", arm);
+    for (size_t s = 0; s < results->seeds.n; s++) {
+      uint64_t seed = seed_at(results, s);
+      double false_refusal = rate_of(results, FALSE_REFUSAL, arm, seed);
+      double true_refusal = rate_of(results, TRUE_REFUSAL, arm, seed);
+      char first[16] = "", second[16] = "";
+      if (false_refusal >= 0)
+        snprintf(first, sizeof first, "%.3f", false_refusal);
+      if (true_refusal >= 0)
+        snprintf(second, sizeof second, "/%.3f", true_refusal);
+      put_cell(&table, "%s%s", first, second);
+    }
+  }
+  add_table(to, &table);
+}
+
+/* Adds what became of the claims of a grid. */
+static void claim_table(Report *to, const Results *results, const Grid *grid) {
+  if (!grid->claims) return;
+  Table table = {0};
+  put_cell(&table, "%s", "");
+  put_cell(&table, "claim");
+  put_cell(&table, "%s", "");
+  put_cell(&table, "rule, and what was found");
+  table_head_ends(&table);
+  for (size_t i = 0; i < grid->claims; i++) {
+    const Claim *claim = &grid->claim[i];
+    Buf found = {0};
+    const char *decided = claim_decide(&found, results, claim);
+    put_cell(&table, "%s", claim->name);
+    put_cell(&table, "%s", claim->text);
+    put_cell(&table, "%s", decided);
+    put_cell(&table, "%s", found.s);
+    buf_free(&found);
+  }
+  add_table(to, &table);
+}
+
+/* ---- the picture ------------------------------------------------------- */
+
+/* Where things are in refusal.svg, in pixels, and its two colours, which those
+ * who don't see red or green can tell apart (Okabe and Ito, 2008). */
+enum { MARGIN = 24, LEFT = 160, PLOT = 470 };
+enum { TOP = 112, BAR = 17, ARM_HEIGHT = 58, FOOT = 64, MOST_ARMS = 8 };
+#define FALSE_COLOUR "#D55E00"
+#define TRUE_COLOUR "#0072B2"
+
+/* Adds a text; `look` are its attributes. */
+static void draw_text(Buf *to, int x, int y, const char *look,
+                      const char *text) {
+  buf_printf(to, "<text x=\"%d\" y=\"%d\" %s>", x, y, look);
+  for (; *text; text++) {
+    if (strchr("<>&\"", *text))
+      buf_printf(to, "&#%d;", *text);
+    else if ((unsigned char)*text >= ' ')
+      buf_char(to, *text);
+  }
+  buf_str(to, "</text>\n");
+}
+
+/* Where a share stands on the axis; one beyond it stands at its end. */
+static double x_of(double share) {
+  double held = share < 0 ? 0 : share;
+  if (held > 1) held = 1;
+  return LEFT + held * PLOT;
+}
+
+/* Draws a rate of an arm: its bar, its interval as the tables have it, and its
+ * number. */
+static void draw_rate(Buf *to, const Results *results, size_t rate,
+                      const char *arm, int y, const char *colour) {
+  OverSeeds over = rate_over_seeds(results, rate, arm, NULL);
+  OverPrompts all = over_prompts(results, rate, arm);
+  char number[24];
+  if (!over.seeds) return;
+  if (over.seeds > 1) {
+    all.low = over.mean - over.half;
+    all.high = over.mean + over.half;
+  }
+  double end = x_of(all.high);
+  buf_printf(to,
+             "<rect x=\"%d\" y=\"%d\" width=\"%.1f\" height=\"%d\" "
+             "fill=\"%s\"/>\n",
+             LEFT, y, x_of(over.mean) - LEFT, BAR, colour);
+  buf_printf(to,
+             "<path d=\"M%.1f %dv8m0-4H%.1fm0-4v8\" fill=\"none\" "
+             "stroke=\"#222\" stroke-width=\"1.5\"/>\n",
+             x_of(all.low), y + BAR / 2 - 4, end);
+  snprintf(number, sizeof number, "%.3g%%", 100 * over.mean);
+  draw_text(to, (int)end + 8, y + 13, "font-weight=\"bold\"", number);
+}
+
+/* Draws title, legend and axis. */
+static void draw_frame(Buf *to, int bottom) {
+  buf_printf(
+      to,
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"720\" "
+      "height=\"%d\" viewBox=\"0 0 720 %d\" role=\"img\" font-size=\"14\" "
+      "font-family=\"system-ui, sans-serif\" fill=\"#222\">\n"
+      "<title>How often each model refuses</title>\n"
+      "<rect width=\"100%%\" height=\"100%%\" rx=\"12\" fill=\"#fff\"/>\n"
+      "<text x=\"24\" y=\"38\" font-size=\"20\" font-weight=\"bold\">How often "
+      "each model refuses</text>\n"
+      "<rect x=\"24\" y=\"54\" width=\"14\" height=\"14\" fill=\"" FALSE_COLOUR
+      "\"/>\n<text x=\"46\" y=\"66\">harmless prompts that only look harmful: "
+      "fewer is better</text>\n"
+      "<rect x=\"24\" y=\"76\" width=\"14\" height=\"14\" fill=\"" TRUE_COLOUR
+      "\"/>\n<text x=\"46\" y=\"88\">harmful prompts: more is better</text>\n",
+      bottom + FOOT, bottom + FOOT);
+  for (int percent = 0; percent <= 100; percent += 25) {
+    double x = x_of(percent / 100.0);
+    buf_printf(to,
+               "<path d=\"M%.1f %dV%d\" stroke=\"#ddd\"/>\n"
+               "<text x=\"%.1f\" y=\"%d\" font-size=\"12\" fill=\"#666\" "
+               "text-anchor=\"middle\">%d%%</text>\n",
+               x, TOP - 6, bottom - 2, x, bottom + 14, percent);
+  }
+}
+
+/* The number of prompts of a rate in one cell, the most that one has. */
+static size_t prompts_of_cell(const Results *results, size_t rate) {
+  size_t most = 0;
+  for (size_t a = 0; a < results->arms.n; a++) {
+    TbrResult sum = total(results, arm_at(results, a), seed_at(results, 0),
+                          rate_kind[rate].label, NULL);
+    if (sum.count[TBR_N] > most) most = sum.count[TBR_N];
+  }
+  return most;
+}
+
+/* Draws what the rates come from. */
+static void draw_foot(Buf *to, const Results *results, int y) {
+  size_t seeds = results->seeds.n, arms = results->arms.n;
+  Buf foot = {0};
+  buf_printf(&foot,
+             "%zu and %zu prompts, %zu seed%s; lines: 95%% intervals "
+             "over %s",
+             prompts_of_cell(results, FALSE_REFUSAL),
+             prompts_of_cell(results, TRUE_REFUSAL), seeds,
+             seeds > 1 ? "s" : "", seeds > 1 ? "seeds" : "prompts");
+  if (arms > MOST_ARMS)
+    buf_printf(&foot, "; the first %d of %zu arms", MOST_ARMS, arms);
+  draw_text(to, MARGIN, y, "font-size=\"12\" fill=\"#666\"", foot.s);
+  buf_free(&foot);
+}
+
+/* Writes refusal.svg: false and true refusal of the first arms. */
+static void write_picture(const char *directory, const Results *results) {
+  size_t arms = results->arms.n < MOST_ARMS ? results->arms.n : MOST_ARMS;
+  int y = TOP;
+  Buf svg = {0};
+  draw_frame(&svg, TOP + (int)arms * ARM_HEIGHT);
+  for (size_t a = 0; a < arms; a++) {
+    const char *arm = arm_at(results, a);
+    draw_text(&svg, MARGIN, y + 24, "font-weight=\"bold\"", arm);
+    draw_rate(&svg, results, FALSE_REFUSAL, arm, y, FALSE_COLOUR);
+    draw_rate(&svg, results, TRUE_REFUSAL, arm, y + BAR + 3, TRUE_COLOUR);
+    y += ARM_HEIGHT;
+  }
+  draw_foot(&svg, results, y + FOOT - 22);
+  buf_str(&svg, "</svg>\n");
+  write_in(directory, "refusal.svg", svg.s, svg.n);
+  buf_free(&svg);
+}
+
+/* ---- the report -------------------------------------------------------- */
+
+/* Whether there are results of an arm. */
+static int has_arm(const Results *results, const char *arm) {
+  for (size_t i = 0; i < results->arms.n; i++)
+    if (!strcmp(arm_at(results, i), arm)) return 1;
+  return 0;
+}
+
+/* Prints the tables of a file of results, and writes them to a directory with
+ * a picture; with a grid (or NULL), decides its claims. */
+static void report(const char *path, const Grid *grid, const char *baseline,
+                   const char *out) {
+  Report to = {{0}, {0}};
+  Results results = results_read(path);
+  rate_table(&to, &results, 0, NULL);
+  rate_table(&to, &results, 1, NULL);
+  buf_str(&to.text,
+          "In brackets: 95% intervals over prompts (Wilson); behind +-: over "
+          "seeds (t).\n\n");
+  if (results.seeds.n > 1 && has_arm(&results, baseline))
+    rate_table(&to, &results, 0, baseline);
+  if (results.seeds.n > 1) seed_table(&to, &results);
+  type_table(&to, &results);
+  if (grid) claim_table(&to, &results, grid);
+  fwrite(to.text.s, 1, to.text.n, stdout);
+  make_directory(out);
+  write_in(out, "report.md", to.text.s, to.text.n);
+  write_in(out, "report.csv", to.csv.s, to.csv.n);
+  write_picture(out, &results);
+  buf_free(&to.text);
+  buf_free(&to.csv);
+  results_free(&results);
+}
+
+/* Runs a grid: the worlds, the bases, the arms, those that use their models,
+ * then the report. What is done already isn't done again. */
+static void run_grid(const char *grid_path, char *const *given) {
+  Grid grid = grid_read(grid_path, given);
+  const Options *shared = &grid.shared.method;
+  tbr_threads((int)shared->threads);
+  Cells cells = cells_of(&grid);
+  make_worlds(&grid.shared, cells.seeds);
+  for (int stage = BASES; stage <= EVALUATIONS; stage++)
+    run_stage(&cells, (Stage)stage);
+  char *path = path_in(shared->out, "results.jsonl");
+  collect_results(&cells, path);
+  report(path, &grid, grid.shared.baseline, shared->out);
+  free(path);
+  for (size_t i = 0; i < cells.n; i++)
+    cell_free(&cells.cell[i]);
+  free(cells.cell);
+  grid_free(&grid);
+}
+
+/* Reports on results that are there. */
+static void run_report(const char *path, char *const *given) {
+  Cell options = cell_default();
+  set_given(&options, given, "r");
+  Grid grid = {0};
+  if (*options.grid) grid = grid_read(options.grid, (char *[]){NULL});
+  report(path, *options.grid ? &grid : NULL, options.baseline,
+         options.method.out);
+  grid_free(&grid);
+}
+
+/* ---- the command line -------------------------------------------------- */
+
+#ifndef ABLATION_NO_MAIN
+
+/* Lists those options whose letters are just these, or begin with them. */
+static void print_options(const char *title, char letter) {
+  printf("\n%s\n", title);
+  for (size_t i = 0; i < OWN_OPTIONS + OPTIONS; i++) {
+    int is_own = i < OWN_OPTIONS;
+    const Option *o = is_own ? &own_option[i] : &option[i - OWN_OPTIONS];
+    const char *letters = is_own ? o->verbs : core_letters(o);
+    if (!strchr(letters, letter)) continue;
+    printf("  %-18s %s", o->name, o->help);
+    if (*o->otherwise) printf(" (%s)", o->otherwise);
+    printf("\n");
+  }
+}
+
+static void print_help(void) {
+  printf("usage: out/ablation GRID [--option value]...\n"
+         "       out/ablation report RESULTS.jsonl [--option value]...\n"
+         "runs the arms of a grid and prints their results, or prints those of "
+         "before\n");
+  print_options("options of a grid, for all arms:", 'A');
+  print_options("options of a grid, for all arms or for one:", 'a');
+  print_options("options of a report:", 'r');
+  printf("\nexample: out/ablation data/ablation/main.grid --seeds 2\n");
+}
+
+/* Says what is wrong with the usage; returns the exit status. */
+static int wrong_usage(const char *what, const char *word) {
+  fprintf(stderr, "ablation: %s \"%s\"; see `out/ablation help`\n", what, word);
+  return 2;
+}
+
+/* Checks that words are pairs of --option and value, and the options have one
+ * of these letters. Returns 0, or the exit status. */
+static int check_given(char *const *word, const char *letters) {
+  for (; *word; word += 2) {
+    int is_option = !strncmp(*word, "--", 2);
+    if (!is_option || !cell_option(*word + 2, letters))
+      return wrong_usage("there is no option", *word);
+    if (!word[1]) return wrong_usage("a value is missing behind", *word);
+  }
+  return 0;
+}
+
+/* Does what the words say; returns the exit status. */
+static int run_command(char *const *word) {
+  if (!*word) return wrong_usage("an argument is missing,", "GRID");
+  if (!strcmp(*word, "help") || !strcmp(*word, "--help")) {
+    print_help();
+    return 0;
+  }
+  int is_report = !strcmp(*word, "report");
+  if (is_report) word++;
+  if (!*word) return wrong_usage("an argument is missing,", "RESULTS.jsonl");
+  int status = check_given(word + 1, is_report ? "r" : "aA");
+  if (status) return status;
+  if (is_report)
+    run_report(*word, word + 1);
+  else
+    run_grid(*word, word + 1);
+  return 0;
+}
+
+int main(int argc, char **argv) {
+  int status = run_command(argv + (argc > 0));
+  if (fflush(stdout) || ferror(stdout))
+    tbr_fail("standard output cannot be written: %s", strerror(errno));
+  return status;
+}
+#endif
