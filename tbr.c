@@ -65,8 +65,6 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
 #define omp_get_thread_num() 0
 #endif
 
-typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
-
 /* ======================================================================
  * Chapter 0: what the ground gives
  *
@@ -74,6 +72,8 @@ typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
  * done stands in chapters 9 to 14. Skip this at first, and come back when a
  * name is new.
  * ====================================================================== */
+
+typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
 
 /* ---- Platform (chapter 14). What fails ends in tbr_fail. ---- */
 
@@ -5917,8 +5917,7 @@ typedef struct {
 static const Option option[] = {
     {"general", STRING, AT(general), "", "d", "file of general examples"},
     {"safety", STRING, AT(safety), "", "d", "file of safety examples"},
-    {"reflection", WORD, AT(reflection), "safety", "d",
-     "rows that reflect: none safety all"},
+    {"reflection", WORD, AT(reflection), "safety", "d", "on: none safety all"},
     {"share", SHARE, AT(share), "0", "d", "and this share of general rows"},
     {"general-rows", COUNT, AT(general_rows), "0", "d", "the first N; 0: all"},
     {"safety-rows", COUNT, AT(safety_rows), "0", "d", "the first N; 0: all"},
@@ -5927,8 +5926,7 @@ static const Option option[] = {
     {"data", STRING, AT(data), "", "t", "file of examples to train on"},
     {"model", STRING, AT(model), "", "sge", "a directory, or a .bin file"},
     {"base", STRING, AT(base), "", "tm", "the model to begin with"},
-    {"tokenizer", STRING, AT(tokenizer), "", "sptgem",
-     "if not beside the model"},
+    {"tokenizer", STRING, AT(tokenizer), "", "sptgem", "if not with the model"},
     {"text", STRING, AT(text), "", "kp", "text, a document a line"},
     {"prompts", STRING, AT(prompts), "", "e", "file of prompts to answer"},
     {"prompt", STRING, AT(prompt), "", "g", "to answer or to go on from"},
@@ -5943,28 +5941,24 @@ static const Option option[] = {
     {"kv-heads", COUNT, AT(shape.kv_heads), "4", "p", "of keys and values"},
     {"hidden", COUNT, AT(shape.hidden), "256", "p", "width of SwiGLU"},
     {"context", COUNT, AT(shape.context), "256", "p", "tokens of a sequence"},
-    {"pretrain.steps", COUNT, AT(pretrain.steps), "3000", "p",
-     "optimizer steps"},
+    {"pretrain.steps", COUNT, AT(pretrain.steps), "3000", "p", "of AdamW"},
     {"pretrain.batch", COUNT, AT(pretrain.batch), "8", "p", "windows a step"},
     {"pretrain.window", COUNT, AT(window), "96", "p", "tokens a window"},
     {"pretrain.warmup", COUNT, AT(pretrain.warmup), "50", "p",
-     "warm-up steps, half of all at most"},
-    {"pretrain.lr", NUMBER, AT(pretrain.lr), "0.004", "p",
-     "peak learning rate"},
+     "steps of warm-up"},
+    {"pretrain.lr", NUMBER, AT(pretrain.lr), "0.004", "p", "peak of the rate"},
     {"pretrain.decay", NUMBER, AT(pretrain.decay), "0.05", "p", "weight decay"},
-    {"train.steps", COUNT, AT(train.steps), "500", "t", "optimizer steps"},
+    {"train.steps", COUNT, AT(train.steps), "500", "t", "of AdamW"},
     {"train.batch", COUNT, AT(train.batch), "8", "t", "examples a step"},
-    {"train.warmup", COUNT, AT(train.warmup), "250", "t",
-     "warm-up steps, half of all at most"},
-    {"train.lr", NUMBER, AT(train.lr), "0.0005", "t", "peak learning rate"},
+    {"train.warmup", COUNT, AT(train.warmup), "250", "t", "steps of warm-up"},
+    {"train.lr", NUMBER, AT(train.lr), "0.0005", "t", "peak of the rate"},
     {"train.decay", NUMBER, AT(train.decay), "0", "t", "weight decay"},
     {"too-long", WORD, AT(too_long), "drop", "t", "rows too long: drop cut"},
     {"rows", COUNT, AT(rows), "4096", "pti", "tokens at a time"},
     {"save-every", COUNT, AT(save_every), "500", "pt", "steps a checkpoint"},
     {"limit", COUNT, AT(limit), "0", "e", "N prompts, evenly spaced; 0: all"},
     {"tokens", COUNT, AT(tokens), "160", "ge", "new tokens at most"},
-    {"temperature", NUMBER, AT(temperature), "0", "ge",
-     "0: the likeliest token"},
+    {"temperature", NUMBER, AT(temperature), "0", "ge", "0: the likeliest"},
     {"top-p", SHARE, AT(top_p), "1", "ge", "share of the mass to draw from"},
     {"show", COUNT, AT(show), "3", "s", "print so many rows"},
     {"threads", COUNT, AT(threads), "0", "xdsktpgejim", "0: all cores"}};
@@ -6526,24 +6520,18 @@ typedef struct {
 } Verb;
 
 static const Verb verb[] = {
-    {"selftest", "x", "", "trains a tiny model and compares its digest",
+    {"selftest", "x", "", "trains a tiny model, compares the digest",
      verb_selftest},
-    {"data", "d", "", "puts rows together, so that some reflect; or converts",
-     verb_data},
-    {"show", "s", "FILE", "prints rows as they are trained, with their mask",
-     verb_show},
+    {"data", "d", "", "puts rows together, or converts them", verb_data},
+    {"show", "s", "FILE", "prints rows as they are trained", verb_show},
     {"tokenizer", "k", "", "learns a byte-level BPE from text", verb_tokenizer},
     {"pretrain", "p", "", "trains a new model on text", verb_pretrain},
-    {"train", "t", "", "fine-tunes a model on a file of `tbr data`",
-     verb_train},
-    {"generate", "g", "", "prints what a model says to a prompt",
-     verb_generate},
+    {"train", "t", "", "fine-tunes a model on a file of rows", verb_train},
+    {"generate", "g", "", "prints what a model says", verb_generate},
     {"eval", "e", "", "answers prompts, judges, counts", verb_eval},
-    {"judge", "j", "FILE.csv", "judges completions that are there already",
-     verb_judge},
+    {"judge", "j", "FILE.csv", "judges completions in a file", verb_judge},
     {"info", "i", "MODEL", "prints a model's shape and digest", verb_info},
-    {"import", "m", "", "writes a model as a Hugging Face directory",
-     verb_import}};
+    {"import", "m", "", "writes a Hugging Face directory", verb_import}};
 enum { VERBS = sizeof verb / sizeof *verb };
 
 /* The verb of that name, or NULL. */
