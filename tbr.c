@@ -289,13 +289,12 @@ static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
 
 /* ---- JSON, CSV, safetensors (chapter 11) */
 
-/* The length of a text without the white space at its end; and a text without
- * that at both ends, cut in place. */
-static size_t trimmed_length(const char *text);
+/* Without white space: at both ends, cut in place; at the end, the length. */
 static char *trim(char *text);
+static size_t trimmed_length(const char *text);
 
-/* Adds a code point as UTF-8; and reads the one that n bytes begin with,
- * returning its length, or 0 if they don't begin with valid UTF-8. */
+/* Adds a code point as UTF-8; reads the one that n bytes begin with, and
+ * returns its length, or 0 if they don't begin with valid UTF-8. */
 static void buf_utf8(Buf *out, uint32_t code);
 static size_t utf8_decode(const char *bytes, size_t n, uint32_t *code);
 
@@ -315,88 +314,72 @@ typedef struct Json {
   double number;
   char *string, *key; /* string may hold 0 bytes; key: inside an object */
   struct Json *child, *next;
-  size_t length, line; /* length: of the string */
+  size_t length, line; /* length: of the string, or how many are inside */
   const char *path;    /* where it was read, for messages */
 } Json;
 
-/* A text of JSON or CSV that is being read. *end is 0 or a line end, which no
- * token of JSON goes past, so that only blanks and strings must look out for
- * it. The path must stay as long as the values, here and below. */
+/* A text that is being read. *end is 0 or a line end, which no token of JSON
+ * goes past. The path must stay as long as the values, here and below. */
 typedef struct {
   const char *at, *end, *line_start, *path;
   size_t line;
 } JsonReader;
 
-/* Goes on to the next byte that isn't white space, or to the end. */
+/* Goes on to the next byte that isn't white space, or to the end. Takes any
+ * value, inside so many others (0: it is the outermost). The one value that a
+ * file holds, or that n bytes of text do, whose first line is first_line of
+ * path; text[n] must be 0 or a line end. */
 static void json_blanks(JsonReader *r);
-
-/* Takes any value, inside so many others (0: it is the outermost). */
 static Json *json_value(JsonReader *r, int depth);
-
-/* The one value that a file holds, or that n bytes of text do, whose first
- * line is first_line of path; text[n] must be 0 or a line end. */
 static Json *json_read(const char *path);
 static Json *json_parse(const char *text, size_t n, const char *path,
                         size_t first_line);
-
-/* Frees a value and those after it in its list. */
-static void json_free(Json *value);
+static void json_free(Json *value); /* and those after it in its list */
 
 /* The member of that name, of several the last; NULL if there is none or if
- * object isn't one. */
-static Json *json_get(const Json *object, const char *key);
+ * `in` is no object. And whether it is there and true. */
+static Json *json_get(const Json *in, const char *key);
+static int json_true(const Json *in, const char *key);
 
 /* A member that is a number, or a string without zero bytes. `otherwise`
  * stands for one that is absent or null; any other kind is an error. */
-static double json_number(const Json *object, const char *key,
-                          double otherwise);
-static const char *json_string(const Json *object, const char *key,
+static double json_number(const Json *in, const char *key, double otherwise);
+static const char *json_string(const Json *in, const char *key,
                                const char *otherwise);
+static int whole(double x, size_t *n); /* from 0 to 2^53? Then it's in *n. */
 
-/* Whether a member is there and true. */
-static int json_true(const Json *object, const char *key);
-
-/* Whether x is a whole number from 0 to 2^53, which then goes to *n. */
-static int whole(double x, size_t *n);
-
-/* Fails unless a value holds all that `form` does, JSON with ' for ". Members
- * beyond that don't matter; null, false and absent are the same. `known` says
- * what is supported. */
+/* Adds JSON that is written with ' for "; fails unless a value holds all that
+ * such a form does. Members beyond that don't matter; null, false and absent
+ * are the same. `known` says what is supported. */
+static void add_json(Buf *out, const char *form);
 static void json_must(const Json *root, const char *form, const char *known);
 
-/* Adds JSON that is written with ' for ". */
-static void add_json(Buf *out, const char *form);
-
-/* Adds n bytes as a JSON string; U+FFFD for each that isn't UTF-8. */
+/* Adds n bytes as a string, with U+FFFD for each that isn't UTF-8; or a member
+ * to an object that was begun, unless text is NULL. */
 static void json_quote(Buf *out, const char *bytes, size_t n);
-
-/* Adds a member to an object that was begun, unless text is NULL. */
 static void json_field(Buf *out, const char *name, const char *text);
 
-/* Reads a file of CSV as JSON: an array of objects, of which the first is the
- * header. An empty cell is null, with an empty string. Empty lines are
- * skipped, ragged rows are errors. */
+/* Reads a file of CSV as an array of objects, the first of them the header. An
+ * empty cell is null, with an empty string. Adds a cell, in quotes where it
+ * needs them, else as json_quote. */
 static Json *csv_read(const char *path);
-
-/* Adds a cell of CSV, in quotes where it needs them, else as json_quote. */
 static void csv_quote(Buf *out, const char *cell);
 
-/* The number that n bytes stand for, the lowest first. */
-static uint64_t little_endian(const char *bytes, size_t n);
-
-/* The types of numbers that can be read. */
+/* The number that n bytes stand for, the lowest first. Reads n numbers of a
+ * type; returns where they end. */
 typedef enum { F32, F16, BF16, ST_TYPES } StType;
+static uint64_t little_endian(const char *bytes, size_t n);
+static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
-/* Reads n numbers of a type; returns where they end. */
-static const char *read_numbers(real *to, const char *from, StType type,
-                                size_t n);
-
-/* A file of safetensors that was read, with n tensors. */
+/* A file of safetensors that was read, with n tensors; opening checks that they
+ * fill it without holes or overlap. */
 typedef struct {
   char *file, *data;
   Json *header;
   size_t n;
 } SafeTensors;
+static SafeTensors *st_open(const char *path);
+static void st_close(SafeTensors *st);
 
 /* The numbers of some tensors, whose names in a file begin with prefix. */
 typedef struct {
@@ -404,17 +387,11 @@ typedef struct {
   real *at;
 } Block;
 
-/* Reads a file and checks its header: the tensors that it tells of must fill
- * the rest of the file without holes or overlap. */
-static SafeTensors *st_open(const char *path);
-static void st_close(SafeTensors *st);
-
-/* Reads the n tensors of each block, which must have the same shapes in the
- * file; those of a block whose `at` is NULL are only checked. */
+/* Reads or writes (as F32) the n tensors of each block. Their shapes must be
+ * those in the file, which is all that is checked where `at` is NULL. metadata
+ * is a JSON object. */
 static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                     const Block *block, size_t n_blocks);
-
-/* Writes the n tensors of each block as F32; metadata is a JSON object. */
 static void st_write(const char *path, const char *metadata,
                      const TbrTensor *tensor, size_t n, const Block *block,
                      size_t n_blocks);
@@ -4277,13 +4254,12 @@ void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
 /* ======================================================================
  * Chapter 11: JSON, CSV, safetensors
  *
- * The three kinds of file that data, tokenizers and weights come in. JSON
- * follows RFC 8259 (of equal keys the last one wins, nesting ends at 64,
- * a key cannot hold a zero byte), CSV follows RFC 4180, safetensors the
- * format's own description: 8 bytes of header length, a JSON header, data.
- * All three are read whole, and strictly: a file that lies about itself is
- * refused with the place where it does. Left out: NaN, comments, types of
- * tensors that models in float don't have.
+ * The kinds of file that data, tokenizers and weights come in. JSON follows
+ * RFC 8259 (of equal keys the last one wins, nesting ends at 64, a key cannot
+ * hold a zero byte), CSV RFC 4180, safetensors the format's own description: 8
+ * bytes of header length, a JSON header, data. A file that lies about itself
+ * is refused with the place where it does. Left out: NaN, comments, tensors of
+ * anything but floats.
  * ====================================================================== */
 
 /* ---- small helpers for text -------------------------------------------- */
@@ -4303,7 +4279,7 @@ static char *trim(char *text) {
 
 /* By the number of bytes after the first: the least code point that needs so
  * many, and the mark of such a first byte. */
-static const uint32_t utf8_least[] = {0, 0x80, 0x800, 0x10000};
+static const uint32_t utf8_least[] = {0, 0x80, 0x800, 0x10000, 0x110000};
 static const uint32_t utf8_mark[] = {0, 0xc0, 0xe0, 0xf0};
 
 static void buf_utf8(Buf *out, uint32_t code) {
@@ -4311,47 +4287,44 @@ static void buf_utf8(Buf *out, uint32_t code) {
   while (code < utf8_least[more])
     more--;
   buf_char(out, (int)(utf8_mark[more] | code >> 6 * more));
-  while (more > 0) {
-    more--;
-    buf_char(out, (int)(0x80 | (code >> 6 * more & 0x3f)));
-  }
+  for (; more > 0; more--)
+    buf_char(out, (int)(0x80 | (code >> 6 * (more - 1) & 0x3f)));
 }
-
-/* How many bytes follow such a first one; SIZE_MAX if it cannot be first. */
-static size_t utf8_more(unsigned char first) {
-  if (first < 0x80) return 0;
-  if (first >> 5 == 6) return 1;
-  if (first >> 4 == 14) return 2;
-  if (first >> 3 == 30) return 3;
-  return SIZE_MAX;
-}
-
-/* Whether a code is half of a pair of UTF-16, and so no character. */
-static int is_surrogate(uint32_t code) { return code >> 11 == 0x1b; }
 
 static size_t utf8_decode(const char *bytes, size_t n, uint32_t *code) {
   const unsigned char *byte = (const unsigned char *)bytes;
+  size_t more = 3;
   if (!n) return 0;
-  size_t more = utf8_more(byte[0]);
+  while (byte[0] < utf8_mark[more])
+    more--;
   if (more >= n) return 0;
   uint32_t value = byte[0] - utf8_mark[more];
   for (size_t i = 1; i <= more; i++) {
     if (byte[i] >> 6 != 2) return 0;
     value = value << 6 | (byte[i] & 0x3f);
   }
-  int too_long = value < utf8_least[more];
-  if (too_long || value > 0x10ffff || is_surrogate(value)) return 0;
+  /* A byte that cannot be the first gives a value out of its range. */
+  if (value < utf8_least[more] || value >= utf8_least[more + 1]) return 0;
+  if (value >> 11 == 0x1b) return 0; /* half of a pair of UTF-16 */
   *code = value;
   return more + 1;
 }
 
-/* Takes a code point from *at, U+FFFD for a byte that isn't UTF-8. */
-static uint32_t utf8_take(const char **at, const char *end) {
-  uint32_t code = 0xfffd;
-  size_t length = utf8_decode(*at, (size_t)(end - *at), &code);
-  if (!length) length = 1;
-  *at += length;
-  return code;
+/* Adds n bytes, with U+FFFD for each that isn't UTF-8; `escape` goes before
+ * quotes and itself, and if it is a backslash stands for control characters. */
+static void add_escaped(Buf *out, const char *bytes, size_t n, char escape) {
+  for (size_t at = 0, length; at < n; at += length) {
+    uint32_t code = 0xfffd;
+    length = utf8_decode(bytes + at, n - at, &code);
+    if (!length) length = 1;
+    if (code == '"' || code == (uint32_t)escape) buf_char(out, escape);
+    if (escape != '\\' || code >= 0x20)
+      buf_utf8(out, code);
+    else if (code == '\n')
+      buf_str(out, "\\n");
+    else
+      buf_printf(out, "\\u%04x", (unsigned)code);
+  }
 }
 
 /* ---- JSON -------------------------------------------------------------- */
@@ -4363,11 +4336,11 @@ TBR_NORETURN static void json_fail(const JsonReader *r, const char *what) {
 }
 
 static void json_blanks(JsonReader *r) {
-  for (; r->at < r->end && memchr(" \t\r\n", *r->at, 4); r->at++) {
-    if (*r->at != '\n') continue;
-    r->line++;
-    r->line_start = r->at + 1;
-  }
+  for (; r->at < r->end && memchr(" \t\r\n", *r->at, 4); r->at++)
+    if (*r->at == '\n') {
+      r->line++;
+      r->line_start = r->at + 1;
+    }
 }
 
 /* Takes that byte, and blanks before it; returns whether it came next. */
@@ -4378,20 +4351,13 @@ static int json_take(JsonReader *r, char byte) {
   return 1;
 }
 
-/* The same, but fails with that message if another byte comes. */
-static void json_expect(JsonReader *r, char byte, const char *message) {
-  if (!json_take(r, byte)) json_fail(r, message);
-}
-
-/* A value that is null as yet, of this place. */
-static Json *json_new(const JsonReader *r) {
-  Json *value = mem_new(1, sizeof *value);
-  value->line = r->line;
-  value->path = r->path;
+static Json *json_new(const JsonReader *r, JsonKind kind) {
+  Json *value = mem_raw(1, sizeof *value);
+  *value = (Json){.kind = kind, .line = r->line, .path = r->path};
   return value;
 }
 
-/* Takes null, false or true, if one of them is here. */
+/* Each json_take_... takes what it names and returns 1, if that is here. */
 static int json_take_word(JsonReader *r, Json *value) {
   static const char *const word[] = {"null", "false", "true"};
   for (JsonKind kind = JSON_NULL; kind <= JSON_TRUE; kind++) {
@@ -4411,10 +4377,10 @@ static const char *digits_end(const char *text) {
   return text + n;
 }
 
-/* Where the number ends that text begins with; NULL if it begins with none. */
-static const char *number_end(const char *text) {
-  const char *end = text;
-  if (*end == '-') end++;
+/* What follows JSON's grammar, strtod reads alike in the C locale, which this
+ * program never leaves. */
+static int json_take_number(JsonReader *r, Json *value) {
+  const char *end = r->at + (*r->at == '-');
   if (*end == '0')
     end++; /* and no digit may follow it */
   else
@@ -4425,13 +4391,6 @@ static const char *number_end(const char *text) {
     if (*end == '-' || *end == '+') end++;
     end = digits_end(end);
   }
-  return end;
-}
-
-/* Takes a number, if one is here. What follows JSON's grammar, strtod reads
- * alike in the C locale, which this program never leaves. */
-static int json_take_number(JsonReader *r, Json *value) {
-  const char *end = number_end(r->at);
   if (!end) return 0;
   value->kind = JSON_NUMBER;
   value->number = strtod(r->at, NULL);
@@ -4441,7 +4400,7 @@ static int json_take_number(JsonReader *r, Json *value) {
   return 1;
 }
 
-/* The code in \uXXXX, or UINT32_MAX if text does not begin like that. */
+/* The code in \uXXXX; UINT32_MAX if text does not begin like that. */
 static uint32_t json_code(const char *text) {
   char digits[5] = {0};
   if (text[0] != '\\' || text[1] != 'u') return UINT32_MAX;
@@ -4450,8 +4409,8 @@ static uint32_t json_code(const char *text) {
   return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* Takes an escape and adds what it stands for; returns 0 if none is here.
- * Two halves of a surrogate pair are one character, and one is U+FFFD. */
+/* Adds what the escape stands for. Two halves of a surrogate pair are one
+ * character, and one is U+FFFD. */
 static int json_take_escape(JsonReader *r, Buf *out) {
   static const char known[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
   const char *letter = memchr(known, r->at[1], 8);
@@ -4463,92 +4422,69 @@ static int json_take_escape(JsonReader *r, Buf *out) {
   uint32_t code = json_code(r->at);
   if (code == UINT32_MAX) return 0;
   r->at += 6;
-  if (code >> 10 == 0x36) { /* the high half of a pair, D800 to DBFF */
-    uint32_t low = json_code(r->at);
-    if (low >> 10 == 0x37) {
-      code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
-      r->at += 6;
-    }
+  uint32_t low = json_code(r->at);
+  if (code >> 10 == 0x36 && low >> 10 == 0x37) { /* halves of a pair */
+    code = 0x10000 + ((code & 0x3ff) << 10 | (low & 0x3ff));
+    r->at += 6;
   }
-  if (is_surrogate(code)) code = 0xfffd;
+  if (code >> 11 == 0x1b) code = 0xfffd;
   buf_utf8(out, code);
   return 1;
 }
 
-/* Takes a string, its opening quote already taken; fresh memory. */
-static char *json_take_string(JsonReader *r, size_t *length) {
+static int json_take_string(JsonReader *r, Json *value) {
   Buf text = {0};
+  if (!json_take(r, '"')) return 0;
   buf_str(&text, "");
   while (*r->at != '"') {
-    int control = (unsigned char)*r->at < 0x20;
     int escape = *r->at == '\\';
-    if (control || (escape && !json_take_escape(r, &text)))
+    if (escape && json_take_escape(r, &text)) continue;
+    if (escape || (unsigned char)*r->at < 0x20)
       json_fail(r, "raw control character, end of text, or escape but one of "
                    "\"\\/bfnrt and u with four hex digits, inside a string");
-    if (escape) continue;
     buf_char(&text, *r->at);
     r->at++;
   }
   r->at++;
-  *length = text.n;
-  return text.s;
-}
-
-/* Takes a key and the colon after it; fresh memory. */
-static char *json_take_key(JsonReader *r) {
-  size_t length;
-  json_expect(r, '"', "a key in quotes should come here");
-  char *key = json_take_string(r, &length);
-  if (strlen(key) != length) json_fail(r, "a key cannot hold \\u0000");
-  json_expect(r, ':', "a colon should come here");
-  return key;
-}
-
-/* Takes what is inside an array, and its end. */
-static void json_take_array(JsonReader *r, Json *array, int depth) {
-  Json **last = &array->child;
-  if (json_take(r, ']')) return;
-  do {
-    *last = json_value(r, depth);
-    last = &(*last)->next;
-  } while (json_take(r, ','));
-  json_expect(r, ']', "a comma or ] should come here");
-}
-
-/* Takes what is inside an object, and its end. */
-static void json_take_object(JsonReader *r, Json *object, int depth) {
-  Json **last = &object->child;
-  if (json_take(r, '}')) return;
-  do {
-    char *key = json_take_key(r);
-    *last = json_value(r, depth);
-    (*last)->key = key;
-    last = &(*last)->next;
-  } while (json_take(r, ','));
-  json_expect(r, '}', "a comma or } should come here");
+  value->kind = JSON_STRING;
+  value->string = text.s;
+  value->length = text.n;
+  return 1;
 }
 
 static Json *json_value(JsonReader *r, int depth) {
   json_blanks(r);
-  Json *value = json_new(r);
+  Json *value = json_new(r, JSON_ARRAY), **last = &value->child;
   if (json_take_word(r, value) || json_take_number(r, value)) return value;
-  if (json_take(r, '"')) {
-    value->kind = JSON_STRING;
-    value->string = json_take_string(r, &value->length);
-    return value;
-  }
-  value->kind = JSON_ARRAY;
+  if (json_take_string(r, value)) return value;
+  /* What is left has members. */
+  char close = ']';
   if (!json_take(r, '[')) {
+    if (!json_take(r, '{'))
+      json_fail(r, "a value should come here: \"text\", a number, true, "
+                   "false, null, [ or {");
     value->kind = JSON_OBJECT;
-    json_expect(r, '{',
-                "a value should come here: \"text\", a number, true, "
-                "false, null, [ or {");
+    close = '}';
   }
   if (depth >= 64) json_fail(r, "nested deeper than 64 levels");
-  if (value->kind == JSON_ARRAY)
-    json_take_array(r, value, depth + 1);
-  else
-    json_take_object(r, value, depth + 1);
+  if (json_take(r, close)) return value;
+  do {
+    Json key = {0};
+    if (close == '}') {
+      if (!json_take_string(r, &key))
+        json_fail(r, "a key in quotes should come here");
+      if (strlen(key.string) != key.length)
+        json_fail(r, "a key cannot hold \\u0000");
+      if (!json_take(r, ':')) json_fail(r, "a colon should come here");
+    }
+    *last = json_value(r, depth + 1);
+    (*last)->key = key.string;
+    last = &(*last)->next;
+    value->length++;
+  } while (json_take(r, ','));
+  if (!json_take(r, close))
+    json_fail(r, close == ']' ? "a comma or ] should come here"
+                              : "a comma or } should come here");
   return value;
 }
 
@@ -4580,19 +4516,17 @@ static void json_free(Json *value) {
   }
 }
 
-static Json *json_get(const Json *object, const char *key) {
+static Json *json_get(const Json *in, const char *key) {
   Json *found = NULL;
-  if (!object || object->kind != JSON_OBJECT) return NULL;
-  for (Json *member = object->child; member; member = member->next)
+  if (!in || in->kind != JSON_OBJECT) return NULL;
+  for (Json *member = in->child; member; member = member->next)
     if (!strcmp(member->key, key)) found = member;
   return found;
 }
 
-/* The member of that kind, NULL if it is absent or null; any other is an
- * error. */
-static const Json *json_want(const Json *object, const char *key,
-                             JsonKind kind) {
-  const Json *member = json_get(object, key);
+/* The member of that kind; NULL if it is absent or null. */
+static const Json *json_want(const Json *in, const char *key, JsonKind kind) {
+  const Json *member = json_get(in, key);
   if (!member || member->kind == JSON_NULL) return NULL;
   int holds_zero = member->string && strlen(member->string) != member->length;
   if (member->kind != kind || holds_zero)
@@ -4601,46 +4535,34 @@ static const Json *json_want(const Json *object, const char *key,
   return member;
 }
 
-static double json_number(const Json *object, const char *key,
-                          double otherwise) {
-  const Json *member = json_want(object, key, JSON_NUMBER);
+static double json_number(const Json *in, const char *key, double otherwise) {
+  const Json *member = json_want(in, key, JSON_NUMBER);
   return member ? member->number : otherwise;
 }
 
-static const char *json_string(const Json *object, const char *key,
+static const char *json_string(const Json *in, const char *key,
                                const char *otherwise) {
-  const Json *member = json_want(object, key, JSON_STRING);
+  const Json *member = json_want(in, key, JSON_STRING);
   return member ? member->string : otherwise;
 }
 
-static int json_true(const Json *object, const char *key) {
-  const Json *member = json_get(object, key);
+static int json_true(const Json *in, const char *key) {
+  const Json *member = json_get(in, key);
   return member && member->kind == JSON_TRUE;
 }
 
 /* To 2^53 whole numbers are exact. */
 static int whole(double x, size_t *n) {
-  int in_range = x >= 0 && x <= 9007199254740992.0 && x < (double)SIZE_MAX;
-  if (!in_range) return 0;
+  if (!(x >= 0 && x <= 9007199254740992.0 && x < (double)SIZE_MAX)) return 0;
   *n = (size_t)x;
   return (double)*n == x;
 }
 
-/* How many values an array or object has. */
-static size_t json_count(const Json *list) {
-  size_t count = 0;
-  for (const Json *item = list->child; item; item = item->next)
-    count++;
-  return count;
-}
-
-/* Whether a value holds all that is wanted, as json_must says; an array must
- * be as long. */
+/* Whether a value holds all that is wanted; an array must be as long. */
 static int json_holds(const Json *have, const Json *want) {
   if (!have || have->kind < JSON_TRUE) return want->kind < JSON_TRUE;
-  if (have->kind != want->kind) return 0;
-  if (want->kind == JSON_NUMBER) return have->number == want->number;
-  if (want->kind == JSON_STRING) return !strcmp(have->string, want->string);
+  if (have->kind != want->kind || have->number != want->number) return 0;
+  if (want->string && strcmp(have->string, want->string)) return 0;
   const Json *item = have->child; /* of an array: which is compared next */
   for (const Json *part = want->child; part; part = part->next) {
     const Json *same = item;
@@ -4657,9 +4579,10 @@ static void json_must(const Json *root, const char *form, const char *known) {
   Json *want = json_parse(text.s, text.n, "form", 1);
   for (const Json *member = want->child; member; member = member->next) {
     const Json *have = json_get(root, member->key);
-    if (!json_holds(have, member))
-      tbr_fail("%s:%zu: this \"%s\" is not supported; %s", root->path,
-               have ? have->line : root->line, member->key, known);
+    if (json_holds(have, member)) continue;
+    if (!have) have = root;
+    tbr_fail("%s:%zu: this \"%s\" is not supported; %s", have->path, have->line,
+             member->key, known);
   }
   buf_free(&text);
   json_free(want);
@@ -4671,26 +4594,14 @@ static void add_json(Buf *out, const char *form) {
 }
 
 static void json_quote(Buf *out, const char *bytes, size_t n) {
-  const char *end = bytes + n;
   buf_char(out, '"');
-  while (bytes < end) {
-    uint32_t code = utf8_take(&bytes, end);
-    if (code == '"' || code == '\\')
-      buf_printf(out, "\\%c", (int)code);
-    else if (code == '\n')
-      buf_str(out, "\\n");
-    else if (code < 0x20)
-      buf_printf(out, "\\u%04x", (unsigned)code);
-    else
-      buf_utf8(out, code);
-  }
+  add_escaped(out, bytes, n, '\\');
   buf_char(out, '"');
 }
 
 static void json_field(Buf *out, const char *name, const char *text) {
   if (!text) return;
-  int first = out->s[out->n - 1] == '{';
-  if (!first) buf_str(out, ", ");
+  if (out->s[out->n - 1] != '{') buf_str(out, ", ");
   json_quote(out, name, strlen(name));
   buf_str(out, ": ");
   json_quote(out, text, strlen(text));
@@ -4698,36 +4609,25 @@ static void json_field(Buf *out, const char *name, const char *text) {
 
 /* ---- CSV --------------------------------------------------------------- */
 
-/* Takes a cell in quotes, the first one already taken. A quote inside it is
- * doubled. */
-static void csv_take_quoted(JsonReader *r, Buf *out) {
-  size_t first_line = r->line;
-  while (r->at[0] != '"' || r->at[1] == '"') {
-    if (!*r->at)
-      tbr_fail("%s:%zu: this quote is never closed", r->path, first_line);
-    if (*r->at == '\n') r->line++;
-    if (*r->at == '"') r->at++;
-    buf_char(out, *r->at);
-    r->at++;
-  }
-  r->at++;
-}
-
 /* Takes one cell as a string, or as null if it is empty. */
 static Json *csv_take_cell(JsonReader *r) {
-  Json *cell = json_new(r);
+  Json *cell = json_new(r, JSON_NULL);
   Buf text = {0};
   buf_str(&text, "");
   if (*r->at == '"') {
+    for (r->at++; r->at[0] != '"' || r->at[1] == '"'; r->at++) {
+      if (!*r->at)
+        tbr_fail("%s:%zu: this quote is never closed", r->path, cell->line);
+      if (*r->at == '\n') r->line++;
+      if (*r->at == '"') r->at++; /* inside it is doubled */
+      buf_char(&text, *r->at);
+    }
     r->at++;
-    csv_take_quoted(r, &text);
   } else {
-    size_t length = strcspn(r->at, ",\r\n\"");
-    buf_add(&text, r->at, length);
-    r->at += length;
+    buf_add(&text, r->at, strcspn(r->at, ",\r\n\""));
+    r->at += text.n;
   }
-  int ends = strchr(",\r\n", *r->at) != NULL; /* it finds the final 0 as well */
-  if (!ends)
+  if (!strchr(",\r\n", *r->at)) /* which finds the final 0 as well */
     tbr_fail("%s:%zu: quote inside a cell; the whole cell should be in "
              "quotes, and this one doubled",
              r->path, r->line);
@@ -4737,35 +4637,25 @@ static Json *csv_take_cell(JsonReader *r) {
   return cell;
 }
 
-/* Takes a row as an object, whose keys are missing as yet. */
-static Json *csv_take_row(JsonReader *r) {
-  Json *row = json_new(r), **last = &row->child;
-  row->kind = JSON_OBJECT;
-  for (;;) {
+/* Takes a row; NULL instead of a header: the row itself is that. */
+static Json *csv_take_row(JsonReader *r, const Json *header) {
+  Json *row = json_new(r, JSON_OBJECT), **last = &row->child;
+  for (int more = 1; more; r->at += more) {
     *last = csv_take_cell(r);
     last = &(*last)->next;
-    if (*r->at != ',') return row;
-    r->at++;
+    row->length++;
+    more = *r->at == ',';
   }
-}
-
-/* Makes the header's cells the keys of a row, which may be the header. */
-static void csv_set_keys(Json *row, const Json *header) {
-  size_t cells = json_count(row), columns = json_count(header);
-  if (cells != columns)
+  if (!header) header = row;
+  if (row->length != header->length)
     tbr_fail("%s:%zu: %zu cells where the header has %zu", row->path, row->line,
-             cells, columns);
+             row->length, header->length);
   const Json *name = header->child;
   for (Json *cell = row->child; cell; cell = cell->next) {
     cell->key = copy_string(name->string);
     name = name->next;
   }
-}
-
-/* Goes on to the next row, or to the end. */
-static void csv_skip_line_ends(JsonReader *r) {
-  for (; *r->at == '\n' || *r->at == '\r'; r->at++)
-    if (*r->at == '\n') r->line++;
+  return row;
 }
 
 static Json *csv_read(const char *path) {
@@ -4774,15 +4664,16 @@ static Json *csv_read(const char *path) {
   if (strlen(text) != n)
     tbr_fail("%s: zero byte at offset %zu; CSV is text", path, strlen(text));
   JsonReader r = {text, text + n, text, path, 1};
-  Json *table = json_new(&r), **last = &table->child;
-  table->kind = JSON_ARRAY;
+  Json *table = json_new(&r, JSON_ARRAY), **last = &table->child;
   if (!strncmp(text, "\xef\xbb\xbf", 3)) r.at += 3; /* byte order mark */
-  csv_skip_line_ends(&r);
   while (*r.at) {
-    *last = csv_take_row(&r);
-    csv_set_keys(*last, table->child);
+    if (*r.at == '\n') r.line++;
+    if (*r.at == '\n' || *r.at == '\r') {
+      r.at++;
+      continue;
+    }
+    *last = csv_take_row(&r, table->child);
     last = &(*last)->next;
-    csv_skip_line_ends(&r);
   }
   if (!table->child) tbr_fail("%s: is empty; a header should come first", path);
   free(text);
@@ -4791,19 +4682,15 @@ static Json *csv_read(const char *path) {
 
 static void csv_quote(Buf *out, const char *cell) {
   const char *quote = strpbrk(cell, ",\"\r\n") ? "\"" : "";
-  const char *end = cell + strlen(cell);
   buf_str(out, quote);
-  while (cell < end) {
-    if (*cell == '"') buf_char(out, '"');
-    buf_utf8(out, utf8_take(&cell, end));
-  }
+  add_escaped(out, cell, strlen(cell), '"');
   buf_str(out, quote);
 }
 
 /* ---- safetensors ------------------------------------------------------- */
 
 static const char *const st_name[ST_TYPES] = {"F32", "F16", "BF16"};
-static const size_t st_size[ST_TYPES] = {4, 2, 2};
+static const size_t st_size[ST_TYPES + 1] = {4, 2, 2, 0};
 
 /* A tensor, from at[0] to at[1] of the data; a vector has one row. */
 typedef struct {
@@ -4814,49 +4701,38 @@ typedef struct {
 
 static uint64_t little_endian(const char *bytes, size_t n) {
   uint64_t number = 0;
-  while (n > 0) {
-    n--;
-    number = number << 8 | (unsigned char)bytes[n];
-  }
+  for (; n > 0; n--)
+    number = number << 8 | (unsigned char)bytes[n - 1];
   return number;
 }
 
-/* Takes a list of up to two whole numbers; returns how many, 3 if it isn't. */
+/* Takes a list of whole numbers; returns how many, 3 if it isn't such. Two of
+ * them replace both of `to`, and one the second. */
 static size_t st_numbers(const Json *list, size_t to[2]) {
   size_t count = 0;
   if (!list || list->kind != JSON_ARRAY) return 3;
   for (const Json *item = list->child; item; item = item->next) {
-    if (count == 2 || item->kind != JSON_NUMBER) return 3;
-    if (!whole(item->number, &to[count])) return 3;
+    to[0] = to[1];
+    if (item->kind != JSON_NUMBER || !whole(item->number, &to[1])) return 3;
     count++;
   }
   return count;
 }
 
-/* Whether a tensor's place is as long as its shape and type need. In double
- * this needs no check for overflow: what isn't exact there is larger than any
- * place. */
-static int st_fits(const StEntry *entry) {
-  double size = (double)st_size[entry->type];
-  double needed = size * (double)entry->rows * (double)entry->columns;
-  return (double)entry->at[1] - (double)entry->at[0] == needed;
-}
-
 /* Reads one member of the header. */
 static StEntry st_entry(const Json *member) {
   const char *dtype = json_string(member, "dtype", "");
-  size_t shape[2] = {1};
+  size_t shape[2] = {1, 1};
   size_t rank = st_numbers(json_get(member, "shape"), shape);
-  StEntry entry = {.name = member->key, .rows = 1, .columns = shape[0]};
+  StEntry entry = {.name = member->key, .rows = shape[0], .columns = shape[1]};
   size_t ends = st_numbers(json_get(member, "data_offsets"), entry.at);
-  if (rank == 2) {
-    entry.rows = shape[0];
-    entry.columns = shape[1];
-  }
   while (entry.type < ST_TYPES && strcmp(dtype, st_name[entry.type]))
     entry.type++;
-  int complete = entry.type < ST_TYPES && rank <= 2 && ends == 2;
-  if (!complete || !st_fits(&entry))
+  /* In double nothing overflows: what isn't exact is larger than any place. */
+  double size = (double)st_size[entry.type];
+  double needed = size * (double)entry.rows * (double)entry.columns;
+  double place = (double)entry.at[1] - (double)entry.at[0];
+  if (entry.type == ST_TYPES || rank > 2 || ends != 2 || place != needed)
     tbr_fail("%s: tensor \"%s\" of type \"%s\" should have F32, F16 or BF16, a "
              "\"shape\" of up to two whole numbers, and \"data_offsets\" as "
              "far apart as these need",
@@ -4864,25 +4740,35 @@ static StEntry st_entry(const Json *member) {
   return entry;
 }
 
-/* For qsort: the order in which tensors lie in the file. */
 static int st_order(const void *a, const void *b) {
-  const size_t *left = ((const StEntry *)a)->at;
-  const size_t *right = ((const StEntry *)b)->at;
-  size_t k = left[0] == right[0]; /* an empty one comes first */
-  return (left[k] > right[k]) - (left[k] < right[k]);
+  const StEntry *left = a, *right = b;
+  size_t k = left->at[0] == right->at[0]; /* an empty one comes first */
+  return (left->at[k] > right->at[k]) - (left->at[k] < right->at[k]);
 }
 
-/* Counts the tensors, and checks that they fill the data. */
-static void st_check(SafeTensors *st, size_t data_size) {
-  const char *path = st->header->path;
-  StEntry *entry = mem_raw(json_count(st->header), sizeof *entry);
-  for (const Json *member = st->header->child; member; member = member->next) {
-    if (!strcmp(member->key, "__metadata__")) continue;
-    entry[st->n] = st_entry(member);
-    st->n++;
-  }
+static SafeTensors *st_open(const char *path) {
+  SafeTensors *st = mem_new(1, sizeof *st);
+  size_t size, at = 0;
+  st->file = read_file(path, &size);
+  uint64_t length = UINT64_MAX; /* of the header */
+  if (size >= 8) length = little_endian(st->file, 8);
+  if (length > 100000000 || length > size - 8)
+    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
+             "the file's %zu (is this safetensors?)",
+             path, size);
+  size_t n = (size_t)length, data_size = size - 8 - n;
+  st->data = st->file + 8 + n;
+  /* The header moves to the front, so that a 0 can stand at its end. */
+  memmove(st->file, st->file + 8, n);
+  st->file[n] = 0;
+  st->header = json_parse(st->file, n, path, 1);
+  if (st->header->kind != JSON_OBJECT)
+    tbr_fail("%s: its header should be a JSON object", path);
+  /* The tensors, in their order in the file, should fill it. */
+  StEntry *entry = mem_raw(st->header->length, sizeof *entry);
+  for (const Json *member = st->header->child; member; member = member->next)
+    if (strcmp(member->key, "__metadata__")) entry[st->n++] = st_entry(member);
   qsort(entry, st->n, sizeof *entry, st_order);
-  size_t at = 0;
   for (size_t i = 0; i < st->n; i++) {
     if (entry[i].at[0] != at)
       tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
@@ -4893,27 +4779,6 @@ static void st_check(SafeTensors *st, size_t data_size) {
     tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at,
              data_size, data_size < at ? " (is the file truncated?)" : "");
   free(entry);
-}
-
-static SafeTensors *st_open(const char *path) {
-  SafeTensors *st = mem_new(1, sizeof *st);
-  size_t size;
-  st->file = read_file(path, &size);
-  uint64_t length = UINT64_MAX; /* of the header */
-  if (size >= 8) length = little_endian(st->file, 8);
-  if (length > 100000000 || length > size - 8)
-    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
-             "the file's %zu (is this safetensors?)",
-             path, size);
-  size_t n = (size_t)length;
-  st->data = st->file + 8 + n;
-  /* The header moves to the front, so that a 0 can stand at its end. */
-  memmove(st->file, st->file + 8, n);
-  st->file[n] = 0;
-  st->header = json_parse(st->file, n, path, 1);
-  if (st->header->kind != JSON_OBJECT)
-    tbr_fail("%s: its header should be a JSON object", path);
-  st_check(st, size - 8 - n);
   return st;
 }
 
@@ -4927,62 +4792,40 @@ static void st_close(SafeTensors *st) {
 static float half_float(uint32_t bits) {
   uint32_t sign = (bits & 0x8000u) << 16;
   uint32_t rest = (bits & 0x7fffu) << 13;
-  int infinite_or_nan = rest >= 0x7c00u << 13;
-  if (infinite_or_nan) return bits_float(sign | 0x7f800000u | rest);
-  /* shifted into place its exponent is 2^112 too small; the product is exact */
+  /* Infinite, or not a number. */
+  if (rest >= 0x7c00u << 13) return bits_float(sign | 0x7f800000u | rest);
+  /* Here its exponent is 2^112 too small; the product is exact. */
   return bits_float(sign | rest) * 5.192296858534828e33f;
 }
 
-/* The number of that type that begins here. */
-static float stored_number(const char *bytes, StType type) {
-  if (type == F32) return bits_float((uint32_t)little_endian(bytes, 4));
-  uint32_t half = (uint32_t)little_endian(bytes, 2);
-  if (type == F16) return half_float(half);
-  return bits_float(half << 16); /* BF16 is the upper half of an F32 */
-}
-
-static const char *read_numbers(real *to, const char *from, StType type,
-                                size_t n) {
-  size_t size = st_size[type];
-  for (size_t i = 0; i < n; i++)
-    to[i] = stored_number(from + i * size, type);
-  return from + n * size;
-}
-
-/* Reads one tensor of a block, or only checks it. */
-static void st_read_tensor(const SafeTensors *st, const TbrTensor *tensor,
-                           const Block *block) {
-  char *name = format_string("%s%s", block->prefix, tensor->name);
-  const Json *member = json_get(st->header, name);
-  StEntry entry = {0};
-  if (member) entry = st_entry(member);
-  if (entry.rows != tensor->rows || entry.columns != tensor->columns)
-    tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers",
-             st->header->path, name, tensor->rows, tensor->columns);
-  if (block->at)
-    read_numbers(block->at + tensor->at, st->data + entry.at[0], entry.type,
-                 entry.rows * entry.columns);
-  free(name);
+static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
+  for (size_t i = 0; i < n; i++) {
+    uint32_t low = (uint32_t)little_endian(at, 2);
+    if (as == F32) to[i] = bits_float((uint32_t)little_endian(at, 4));
+    if (as == F16) to[i] = half_float(low);
+    if (as == BF16) to[i] = bits_float(low << 16); /* half of an F32 */
+    at += st_size[as];
+  }
+  return at;
 }
 
 static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                     const Block *block, size_t n_blocks) {
-  for (size_t i = 0; i < n_blocks; i++)
-    for (size_t k = 0; k < n; k++)
-      st_read_tensor(st, &tensor[k], &block[i]);
-}
-
-/* Adds a tensor to the header, with its data at `begin`; returns where that
- * ends. */
-static size_t st_describe(Buf *header, const char *prefix,
-                          const TbrTensor *tensor, size_t begin) {
-  size_t end = begin + 4 * tensor->rows * tensor->columns;
-  buf_printf(header, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [", prefix,
-             tensor->name);
-  if (tensor->rows != 1) buf_printf(header, "%zu, ", tensor->rows);
-  buf_printf(header, "%zu], \"data_offsets\": [%zu, %zu]}", tensor->columns,
-             begin, end);
-  return end;
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *want = &tensor[i % n];
+    const Block *to = &block[i / n];
+    char *name = format_string("%s%s", to->prefix, want->name);
+    const Json *member = json_get(st->header, name);
+    StEntry entry = {0};
+    if (member) entry = st_entry(member);
+    if (entry.rows != want->rows || entry.columns != want->columns)
+      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers",
+               st->header->path, name, want->rows, want->columns);
+    if (to->at)
+      read_numbers(to->at + want->at, st->data + entry.at[0], entry.type,
+                   entry.rows * entry.columns);
+    free(name);
+  }
 }
 
 /* Puts the low n bytes of a number there, the lowest first. */
@@ -4998,34 +4841,39 @@ static void out_numbers(const Out *out, const real *x, size_t n) {
   for (size_t i = 0; i < n; i++) {
     put_little_endian(bytes + used, float_bits((float)x[i]), 4);
     used += 4;
-    if (used < sizeof bytes) continue;
+    if (used < sizeof bytes && i + 1 < n) continue;
     out_write(out, bytes, used);
     used = 0;
   }
-  out_write(out, bytes, used);
 }
 
 static void st_write(const char *path, const char *metadata,
                      const TbrTensor *tensor, size_t n, const Block *block,
                      size_t n_blocks) {
   Buf header = {0};
-  char length[8];
-  size_t end = 0;
-  buf_printf(&header, "{\"__metadata__\": %s", metadata);
-  for (size_t i = 0; i < n_blocks; i++)
-    for (size_t k = 0; k < n; k++)
-      end = st_describe(&header, block[i].prefix, &tensor[k], end);
+  size_t at = 0;
+  /* The first 8 bytes are room for its length. */
+  buf_printf(&header, "%8s{\"__metadata__\": %s", "", metadata);
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *one = &tensor[i % n];
+    buf_printf(&header, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
+               block[i / n].prefix, one->name);
+    if (one->rows != 1) buf_printf(&header, "%zu, ", one->rows);
+    size_t end = at + 4 * one->rows * one->columns;
+    buf_printf(&header, "%zu], \"data_offsets\": [%zu, %zu]}", one->columns, at,
+               end);
+    at = end;
+  }
   buf_char(&header, '}');
   while (header.n % 8)
     buf_char(&header, ' '); /* so that data is aligned */
+  put_little_endian(header.s, header.n - 8, 8);
   Out out = out_open(path);
-  put_little_endian(length, header.n, 8);
-  out_write(&out, length, 8);
   out_write(&out, header.s, header.n);
-  for (size_t i = 0; i < n_blocks; i++)
-    for (size_t k = 0; k < n; k++)
-      out_numbers(&out, block[i].at + tensor[k].at,
-                  tensor[k].rows * tensor[k].columns);
+  for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *one = &tensor[i % n];
+    out_numbers(&out, block[i / n].at + one->at, one->rows * one->columns);
+  }
   out_close(&out);
   buf_free(&header);
 }
