@@ -2153,10 +2153,9 @@ static double train_step(Trainer *trainer, size_t *tokens) {
   double rate = options->lr * schedule(options, trainer->step);
   int is_sane = loss < 1e30 && norm < 1e30; /* which NaN isn't, either */
   if (!is_sane)
-    tbr_fail(
-        "training diverged at step %zu (loss %g, gradient %g); a lower "
-        "learning rate than %g should help",
-        trainer->step, loss, norm, options->lr);
+    tbr_fail("training diverged at step %zu (loss %g, gradient %g); "
+             "a lower learning rate than %g should help",
+             trainer->step, loss, norm, options->lr);
   /* Clip the gradient, and change the weights. */
   double shrink = 1;
   if (options->clip > 0 && norm > options->clip) shrink = options->clip / norm;
@@ -2312,10 +2311,10 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
                      .options = options,
                      .directory = directory,
                      .order = {.n = data->n, .seed = options->seed}};
-  trainer.acts = tbr_acts_new(model, training_rows(options, data));
   trainer.grad = mem_new(model->n_params, sizeof(real));
   trainer.m = mem_new(model->n_params, sizeof(real));
   trainer.v = mem_new(model->n_params, sizeof(real));
+  trainer.acts = tbr_acts_new(model, training_rows(options, data));
   trainer.state[0] = (Block){"", model->param};
   trainer.state[1] = (Block){"moment1.", trainer.m};
   trainer.state[2] = (Block){"moment2.", trainer.v};
@@ -2486,14 +2485,15 @@ static void decoder_step(Decoder *decoder, const int32_t *id, size_t rows,
   const TbrConfig *config = &decoder->model->config;
   real *param = decoder->model->param;
   TbrActs *acts = decoder->acts;
+  Batch batch = {.rows = rows, .n_spans = n_spans, .spans = spans};
   size_t dim = config->dim;
   embedding_forward(acts->residual, param, id, rows, dim);
-  Batch batch = {.rows = rows, .n_spans = n_spans, .spans = spans};
   for (size_t l = 0; l < config->layers; l++)
     layer_forward(config, &decoder->layer[l], acts, l, &batch, &decoder->cache);
   for (size_t i = 0; i < n_spans; i++) {
     size_t last = spans[i].row + spans[i].n - 1;
-    memcpy(decoder->x + i * dim, acts->residual + last * dim, dim * sizeof(real));
+    memcpy(decoder->x + i * dim, acts->residual + last * dim,
+           dim * sizeof(real));
   }
   rmsnorm_forward(decoder->norm, decoder->rstd, decoder->x,
                   final_norm(config, param), n_spans, dim,
