@@ -433,33 +433,15 @@ static TbrExample example_of(const Json *row);
  * is open. */
 static void example_members(Buf *to, const TbrExample *example, size_t first);
 
-/* ---- chapter 9: model directories, llama2.c's files -------------------- */
+/* ---- model directories, llama2.c's files (chapter 9) */
 
-/* The sizes in a configuration: their names, their keys in config.json, and
- * what they are where that lacks them (-1: an error, 0: by the others). */
-static const struct {
-  const char *name, *key;
-  size_t at;
-  double otherwise;
-} config_size[] = {
-    {"vocabulary", "vocab_size", offsetof(TbrConfig, vocab), -1},
-    {"width", "hidden_size", offsetof(TbrConfig, dim), -1},
-    {"hidden width", "intermediate_size", offsetof(TbrConfig, hidden), -1},
-    {"number of layers", "num_hidden_layers", offsetof(TbrConfig, layers), -1},
-    {"number of heads", "num_attention_heads", offsetof(TbrConfig, heads), -1},
-    {"number of key-value heads", "num_key_value_heads",
-     offsetof(TbrConfig, kv_heads), 0},
-    {"head size", "head_dim", offsetof(TbrConfig, head_dim), 0},
-    {"context", "max_position_embeddings", offsetof(TbrConfig, context), 2048}};
-enum { CONFIG_SIZES = sizeof config_size / sizeof *config_size };
+/* Fails, naming `where`, unless the configuration is one that works. */
+static void config_check(const TbrConfig *config, const char *where);
 
-/* Where a configuration holds size i of the table. */
-static size_t *config_at(const TbrConfig *config, size_t i) {
-  return (size_t *)(void *)((char *)config + config_size[i].at);
-}
+/* Adds the configuration as text, for hashes of what depends on it. */
+static void config_print(Buf *text, const TbrConfig *config);
 
-/* Reads config.json; fails if that says something that this model cannot do.
- * The sizes are the caller's to check. */
+/* Reads config.json, and fails if this model cannot do what that says. */
 static TbrConfig config_read(const char *path);
 
 /* Writes config.json and generation_config.json into a directory that
@@ -467,13 +449,11 @@ static TbrConfig config_read(const char *path);
 static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos);
 
-/* Reads the header of a llama2.c checkpoint, a file of `size` bytes. The sizes
- * in it are the caller's to check, and then, with bin_check, that the file is
- * just as long as they say. path is for messages. */
+/* The configuration of a llama2.c checkpoint, a file that was read from path;
+ * fails unless its size is what follows from that. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
-static void bin_check(const TbrConfig *config, size_t size, const char *path);
 
-/* Reads the parameters of a checked file into a model of its configuration. */
+/* Reads the parameters of that file into a model of its configuration. */
 static void bin_weights(TbrModel *model, const char *file);
 
 /* ======================================================================
@@ -885,8 +865,7 @@ static void embedding_backward(real *dtable, const real *dx, const int32_t *ids,
                                size_t rows, size_t dim) {
 #pragma omp parallel for num_threads(threads())
   for (size_t from = 0; from < dim; from += NR) {
-    size_t end = from + NR;
-    if (end > dim) end = dim;
+    size_t end = smaller(from + NR, dim);
     for (size_t r = 0; r < rows; r++)
       for (size_t j = from; j < end; j++)
         dtable[(size_t)ids[r] * dim + j] += dx[r * dim + j];
@@ -929,8 +908,7 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
   /* Rows are summed up in order, so threads share out columns. */
 #pragma omp parallel for num_threads(threads())
   for (size_t from = 0; from < dim; from += NR) {
-    size_t end = from + NR;
-    if (end > dim) end = dim;
+    size_t end = smaller(from + NR, dim);
     for (size_t r = 0; r < rows; r++)
       for (size_t j = from; j < end; j++)
         dw[j] = madd(dy[r * dim + j] * rstd[r], x[r * dim + j], dw[j]);
@@ -947,13 +925,13 @@ static void rope(real *x, size_t stride, size_t heads, size_t size,
                  real direction) {
   size_t half = size / 2;
   for (size_t s = 0; s < batch->n_spans; s++) {
-    const Span *span = &batch->spans[s];
-#pragma omp parallel for num_threads(threads()) if (span->n > 64)
-    for (size_t i = 0; i < span->n; i++) {
-      const real *cosine = cosines + (span->past + i) * half;
-      const real *sine = sines + (span->past + i) * half;
+    Span span = batch->spans[s];
+#pragma omp parallel for num_threads(threads()) if (span.n > 64)
+    for (size_t i = 0; i < span.n; i++) {
+      const real *cosine = cosines + (span.past + i) * half;
+      const real *sine = sines + (span.past + i) * half;
       for (size_t h = 0; h < heads; h++) {
-        real *first = x + (span->row + i) * stride + h * size;
+        real *first = x + (span.row + i) * stride + h * size;
         real *second = first + half;
         for (size_t j = 0; j < half; j++) {
           real turn = sine[j] * direction;
@@ -1040,8 +1018,7 @@ static void attention_forward(real *out, size_t out_stride, Mat q, Mat kt,
                               real *scratch) {
   real *probs = scratch + GEMM_SCRATCH;
   for (size_t i = 0; i < n; i += QUERIES) {
-    size_t block = n - i;
-    if (block > QUERIES) block = QUERIES;
+    size_t block = smaller(n - i, QUERIES);
     size_t keys = past + i + block;
     Mat q_block = part_from(q, i, 0);
     attention_probs(probs, q_block, kt, block, past + i, size, scratch);
@@ -1064,8 +1041,7 @@ typedef struct {
 static void attention_backward(const Head *grad, const Head *head,
                                const real *dout, size_t dout_stride, size_t n,
                                real *scratch) {
-  size_t size = head->size;
-  size_t stride = head->stride;
+  size_t size = head->size, stride = head->stride;
   real scale = 1 / root((real)size);
   real *probs = scratch + GEMM_SCRATCH;
   real *dscores = probs + QUERIES * n;
@@ -1073,8 +1049,7 @@ static void attention_backward(const Head *grad, const Head *head,
   Mat kt = transposed(head->k, stride);
   Mat vt = transposed(head->v, stride);
   for (size_t i = 0; i < n; i += QUERIES) {
-    size_t block = n - i;
-    if (block > QUERIES) block = QUERIES;
+    size_t block = smaller(n - i, QUERIES);
     size_t keys = i + block;
     Mat q = mat(head->q + i * stride, stride);
     Mat dout_block = mat(dout + i * dout_stride, dout_stride);
@@ -1116,8 +1091,7 @@ static void swiglu_forward(real *y, const real *gate_up, size_t rows,
   }
 }
 
-/* dgate_up = the gradient of gate_up, given dy (rows,hidden); and y once
- * more. */
+/* dgate_up (rows,2 hidden), given dy (rows,hidden); and y once more. */
 static void swiglu_backward(real *dgate_up, real *y, const real *dy,
                             const real *gate_up, size_t rows, size_t hidden) {
 #pragma omp parallel for num_threads(threads())
@@ -1168,13 +1142,12 @@ static void cross_entropy(real *loss, real *logits, const int32_t *target,
  * A Llama (Touvron et al., 2023): embedding; layers of attention and SwiGLU,
  * each behind an RMSNorm and added to the residual stream; a last RMSNorm; a
  * classifier, which may be the embedding ("tied"). All parameters lie in one
- * block, in the order of the table of tensors; q, k, v are neighbours and so
- * are gate and up, so that each group is one matrix product. Gradients, and
- * AdamW's two moments, are blocks of the same shape. Left out: biases,
- * scaled rotary embedding, dropout.
+ * block; q, k, v are neighbours and so are gate and up, so that each group is
+ * one matrix product. Gradients, and AdamW's two moments, are blocks of the
+ * same shape. Left out: biases, scaled rotary embedding, dropout.
  * ====================================================================== */
 
-/* ---- configuration ----------------------------------------------------- */
+/* ---- sizes ------------------------------------------------------------- */
 
 /* a b; fails where that overflows. */
 static size_t times(size_t a, size_t b) {
@@ -1182,125 +1155,57 @@ static size_t times(size_t a, size_t b) {
   return a * b;
 }
 
-/* Fails, naming `where`, unless the configuration is one that works. */
-static void config_check(const TbrConfig *config, const char *where) {
-  const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
-  for (size_t i = 0; i < CONFIG_SIZES; i++) {
-    size_t size = *config_at(config, i);
-    if (size == 0 || size > limit)
-      tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
-               config_size[i].name, size, limit);
-  }
-  if (config->heads % config->kv_heads)
-    tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
-             "be a multiple of the second",
-             where, config->heads, config->kv_heads);
-  if (config->head_dim > limit / config->heads)
-    tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
-             config->heads, config->head_dim, limit);
-  if (config->head_dim % 2)
-    tbr_fail("%s: the head size is %zu; rotary embedding needs it even", where,
-             config->head_dim);
-  if (!(config->norm_eps > 0) || !(config->rope_theta > 1))
-    tbr_fail("%s: norm epsilon must be above 0 and rope theta above 1", where);
-}
-
-/* Adds the configuration as text, for hashes of what depends on it. */
-static void config_print(Buf *text, const TbrConfig *config) {
-  for (size_t i = 0; i < CONFIG_SIZES; i++)
-    buf_printf(text, "%zu ", *config_at(config, i));
-  buf_printf(text, "%.17g %.17g ", config->rope_theta, config->norm_eps);
-}
-
 /* The widths of all queries, of all keys (or values), of these together. */
-static size_t q_width(const TbrConfig *config) {
-  return config->heads * config->head_dim;
-}
-static size_t kv_width(const TbrConfig *config) {
-  return config->kv_heads * config->head_dim;
-}
-static size_t qkv_width(const TbrConfig *config) {
-  return q_width(config) + 2 * kv_width(config);
+static size_t q_width(const TbrConfig *c) { return c->heads * c->head_dim; }
+static size_t kv_width(const TbrConfig *c) { return c->kv_heads * c->head_dim; }
+static size_t qkv_width(const TbrConfig *c) {
+  return q_width(c) + 2 * kv_width(c);
 }
 
 /* ---- parameters -------------------------------------------------------- */
 
-/* The tensors of a layer, in the order in which they lie in memory. */
-enum {
-  NORM1,
-  Q_PROJ,
-  K_PROJ,
-  V_PROJ,
-  O_PROJ,
-  NORM2,
-  GATE_PROJ,
-  UP_PROJ,
-  DOWN_PROJ,
-  LAYER_TENSORS
-};
-
-/* A tensor's Hugging Face name and shape. */
-typedef struct {
-  const char *name;
-  size_t rows, columns;
-} Shape;
-
-/* The table of a layer's tensors; everything else is derived from it. */
-typedef struct {
-  Shape tensor[LAYER_TENSORS];
-} LayerShape;
-
-static LayerShape layer_shape(const TbrConfig *config) {
-  size_t dim = config->dim;
-  size_t hidden = config->hidden;
-  size_t q = q_width(config);
-  size_t kv = kv_width(config);
-  return (LayerShape){{
-      [NORM1] = {"input_layernorm.weight", 1, dim},
-      [Q_PROJ] = {"self_attn.q_proj.weight", q, dim},
-      [K_PROJ] = {"self_attn.k_proj.weight", kv, dim},
-      [V_PROJ] = {"self_attn.v_proj.weight", kv, dim},
-      [O_PROJ] = {"self_attn.o_proj.weight", dim, q},
-      [NORM2] = {"post_attention_layernorm.weight", 1, dim},
-      [GATE_PROJ] = {"mlp.gate_proj.weight", hidden, dim},
-      [UP_PROJ] = {"mlp.up_proj.weight", hidden, dim},
-      [DOWN_PROJ] = {"mlp.down_proj.weight", dim, hidden},
-  }};
-}
+enum { LAYER_TENSORS = 9 };
 
 /* Adds a tensor behind the last one; its name gets a prefix. */
-static void model_add(TbrModel *model, const char *prefix, Shape shape) {
+static void model_add(TbrModel *model, const char *prefix, const char *name,
+                      size_t rows, size_t columns) {
   TbrTensor *tensor = &model->tensor[model->n_tensors++];
-  size_t count = times(shape.rows, shape.columns);
+  size_t count = times(rows, columns);
   if (count > SIZE_MAX - model->n_params)
     tbr_fail("the model's size overflows");
-  snprintf(tensor->name, sizeof tensor->name, "%s%s", prefix, shape.name);
-  tensor->rows = shape.rows;
-  tensor->columns = shape.columns;
+  snprintf(tensor->name, sizeof tensor->name, "%s%s", prefix, name);
+  tensor->rows = rows;
+  tensor->columns = columns;
   tensor->at = model->n_params;
   model->n_params += count;
 }
 
-/* The model without memory for its parameters. */
+/* The model without memory for its parameters. Only this and layer_at know in
+ * which order they lie. */
 static TbrModel *model_shape(const TbrConfig *config) {
   config_check(config, "model");
-  size_t vocab = config->vocab;
-  size_t dim = config->dim;
-  LayerShape shape = layer_shape(config);
+  size_t vocab = config->vocab, dim = config->dim, hidden = config->hidden;
+  size_t q = q_width(config), kv = kv_width(config);
   TbrModel *model = mem_new(1, sizeof *model);
   model->config = *config;
   model->tensor =
       mem_new(times(LAYER_TENSORS, config->layers) + 3, sizeof(TbrTensor));
-  model_add(model, "", (Shape){"model.embed_tokens.weight", vocab, dim});
-  for (size_t layer = 0; layer < config->layers; layer++) {
-    char prefix[40];
-    snprintf(prefix, sizeof prefix, "model.layers.%zu.", layer);
-    for (size_t i = 0; i < LAYER_TENSORS; i++)
-      model_add(model, prefix, shape.tensor[i]);
+  model_add(model, "", "model.embed_tokens.weight", vocab, dim);
+  for (size_t i = 0; i < config->layers; i++) {
+    char layer[40];
+    snprintf(layer, sizeof layer, "model.layers.%zu.", i);
+    model_add(model, layer, "input_layernorm.weight", 1, dim);
+    model_add(model, layer, "self_attn.q_proj.weight", q, dim);
+    model_add(model, layer, "self_attn.k_proj.weight", kv, dim);
+    model_add(model, layer, "self_attn.v_proj.weight", kv, dim);
+    model_add(model, layer, "self_attn.o_proj.weight", dim, q);
+    model_add(model, layer, "post_attention_layernorm.weight", 1, dim);
+    model_add(model, layer, "mlp.gate_proj.weight", hidden, dim);
+    model_add(model, layer, "mlp.up_proj.weight", hidden, dim);
+    model_add(model, layer, "mlp.down_proj.weight", dim, hidden);
   }
-  model_add(model, "", (Shape){"model.norm.weight", 1, dim});
-  if (!config->tied)
-    model_add(model, "", (Shape){"lm_head.weight", vocab, dim});
+  model_add(model, "", "model.norm.weight", 1, dim);
+  if (!config->tied) model_add(model, "", "lm_head.weight", vocab, dim);
   return model;
 }
 
@@ -1317,24 +1222,18 @@ void tbr_model_free(TbrModel *model) {
   free(model);
 }
 
-/* The deviation with which a matrix begins. What a layer adds to the residual
- * stream begins small. */
-static double first_deviation(const TbrTensor *tensor) {
-  double gain = 0.7;
-  if (strstr(tensor->name, "embed_tokens")) return 0.1;
-  if (strstr(tensor->name, "o_proj") || strstr(tensor->name, "down_proj"))
-    gain = 0.2;
-  return gain / sqrt((double)tensor->columns);
-}
-
+/* What a layer adds to the residual stream begins small. */
 void tbr_model_init(TbrModel *model, uint64_t seed) {
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *tensor = &model->tensor[i];
+    const char *name = tensor->name;
     real *param = model->param + tensor->at;
-    size_t count = tensor->rows * tensor->columns;
-    double deviation = first_deviation(tensor);
+    double gain = 0.7;
+    if (strstr(name, "o_proj") || strstr(name, "down_proj")) gain = 0.2;
+    double deviation = gain / sqrt((double)tensor->columns);
+    if (strstr(name, "embed_tokens")) deviation = 0.1;
     Rng rng = rng_stream(seed, FOR_INIT, i);
-    for (size_t j = 0; j < count; j++)
+    for (size_t j = 0; j < tensor->rows * tensor->columns; j++)
       if (tensor->rows == 1)
         param[j] = 1;
       else
@@ -1342,49 +1241,34 @@ void tbr_model_init(TbrModel *model, uint64_t seed) {
   }
 }
 
-/* Where the parts of a layer are in a block of parameters or of gradients.
- * W^T of its four products are views of them, or packed copies in
- * generation. */
+/* Where the parts of a layer are in a block of parameters or of gradients; W^T
+ * of its four products are views of them, in generation packed copies. */
 typedef struct {
   real *norm1, *qkv, *out, *norm2, *gate_up, *down;
   Mat qkv_t, out_t, gate_up_t, down_t;
 } Layer;
 
-/* Parameters in one layer. */
-static size_t layer_size(const TbrConfig *config) {
-  LayerShape shape = layer_shape(config);
-  size_t size = 0;
-  for (size_t i = 0; i < LAYER_TENSORS; i++)
-    size += shape.tensor[i].rows * shape.tensor[i].columns;
-  return size;
-}
-
 static Layer layer_at(const TbrConfig *config, real *block, size_t layer) {
-  LayerShape shape = layer_shape(config);
-  real *at[LAYER_TENSORS];
-  real *next = block + config->vocab * config->dim + layer * layer_size(config);
-  for (size_t i = 0; i < LAYER_TENSORS; i++) {
-    at[i] = next;
-    next += shape.tensor[i].rows * shape.tensor[i].columns;
-  }
-  return (Layer){
-      .norm1 = at[NORM1],
-      .qkv = at[Q_PROJ],
-      .out = at[O_PROJ],
-      .norm2 = at[NORM2],
-      .gate_up = at[GATE_PROJ],
-      .down = at[DOWN_PROJ],
-      .qkv_t = transposed(at[Q_PROJ], config->dim),
-      .out_t = transposed(at[O_PROJ], q_width(config)),
-      .gate_up_t = transposed(at[GATE_PROJ], config->dim),
-      .down_t = transposed(at[DOWN_PROJ], config->hidden),
-  };
+  size_t dim = config->dim, hidden = config->hidden;
+  size_t q = q_width(config), qkv = qkv_width(config);
+  size_t size = dim * (2 + qkv + q + 3 * hidden);
+  Layer w;
+  w.norm1 = block + config->vocab * dim + layer * size;
+  w.qkv = w.norm1 + dim;
+  w.out = w.qkv + qkv * dim;
+  w.norm2 = w.out + dim * q;
+  w.gate_up = w.norm2 + dim;
+  w.down = w.gate_up + 2 * hidden * dim;
+  w.qkv_t = transposed(w.qkv, dim);
+  w.out_t = transposed(w.out, q);
+  w.gate_up_t = transposed(w.gate_up, dim);
+  w.down_t = transposed(w.down, hidden);
+  return w;
 }
 
-/* The gains (dim) of the last RMSNorm. */
+/* The gains (dim) of the last RMSNorm, which lie behind the last layer. */
 static real *final_norm(const TbrConfig *config, real *block) {
-  return block + config->vocab * config->dim +
-         config->layers * layer_size(config);
+  return layer_at(config, block, config->layers).norm1;
 }
 
 /* The classifier (vocab,dim): the embedding itself where they are tied. */
@@ -1398,8 +1282,7 @@ static real *classifier(const TbrConfig *config, real *block) {
 static void widen_table(real *table, size_t before, size_t rows, size_t dim,
                         uint64_t seed, size_t stream) {
   for (size_t j = 0; j < dim; j++) {
-    double mean = 0;
-    double square = 0;
+    double mean = 0, square = 0;
     for (size_t r = 0; r < before; r++) {
       double x = (double)table[r * dim + j];
       mean += x / (double)before;
@@ -1412,92 +1295,85 @@ static void widen_table(real *table, size_t before, size_t rows, size_t dim,
   }
 }
 
-/* The same model with a larger vocabulary; frees the old one. A new token
- * begins near the mean of the old ones, so that it is neither likely nor like
- * another. */
+/* The same model with a larger vocabulary; frees the old one. A new token is
+ * near the mean of the old ones at first: neither likely nor like another. */
 static TbrModel *model_widen(TbrModel *old, size_t vocab, uint64_t seed) {
-  enum { STREAM = 1000000 }; /* of random numbers, behind those of init */
+  size_t stream = 1000000; /* of random numbers, behind those of init */
   TbrConfig config = old->config;
-  size_t before = config.vocab;
-  size_t dim = config.dim;
   config.vocab = vocab;
   TbrModel *model = tbr_model_new(&config);
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *from = &old->tensor[i];
-    memcpy(model->param + model->tensor[i].at, old->param + from->at,
-           from->rows * from->columns * sizeof(real));
+    size_t before = from->rows, columns = from->columns;
+    real *to = model->param + model->tensor[i].at;
+    memcpy(to, old->param + from->at, before * columns * sizeof *to);
+    if (model->tensor[i].rows == before) continue;
+    widen_table(to, before, vocab, columns, seed, stream);
+    stream += columns;
   }
-  widen_table(model->param, before, vocab, dim, seed, STREAM);
-  if (!config.tied)
-    widen_table(classifier(&config, model->param), before, vocab, dim, seed,
-                STREAM + dim);
   tbr_model_free(old);
   return model;
 }
 
 /* ---- activations ------------------------------------------------------- */
 
-/* What forward and backward compute, (rows,width) each. What forward leaves
- * is kept for every layer in training, since backward needs it; in generation
- * each layer writes over the one before. */
-struct TbrActs {
-  real *block;       /* holds all arrays */
-  size_t rows;       /* that there is room for */
-  size_t layer_rows; /* from one layer's to the next's: rows, or 0 */
-  /* of each layer: */
-  real *residual; /* (dim) before it, and once more behind the last layer */
+/* What forward leaves of a layer, (rows,width) each. */
+typedef struct {
+  real *residual; /* (dim) the residual stream before it */
   real *rstd1;    /* (1) */
   real *qkv;      /* (qkv width) queries, keys, values; the first two turned */
   real *attended; /* (q width) what attention gives */
   real *middle;   /* (dim) the residual stream between attention and MLP */
   real *rstd2;    /* (1) */
   real *gate_up;  /* (2 hidden) */
-  /* of the layer at work: */
+  real *out;      /* (dim) the residual stream behind it: the next's residual */
+} LayerActs;
+
+/* What forward and backward compute. In training all layers' is kept, since
+ * backward needs it; in generation each layer writes over the one before. */
+struct TbrActs {
+  real *block;       /* holds all arrays */
+  size_t rows;       /* that there is room for */
+  size_t layer_size; /* numbers from one layer's to the next's, or 0 */
+  real *residual;    /* of the first layer; behind it all that acts_at names */
+  /* (rows,width) of the layer at work: */
   real *normed; /* (dim) what RMSNorm gives */
   real *hidden; /* (hidden) what SwiGLU gives */
   /* of its backward: */
   real *dresidual;
   real *dshared; /* dhidden, dnormed and dattended, each in its turn */
   real *dqkv, *dgate_up;
-  real *scratch; /* (dim) */
   /* The angles of rotary embedding, (context, head size / 2). */
   real *cosines, *sines;
 };
 
-enum { ACTS = 16 };
+enum { ACTS = 9 };
 
-/* The arrays for `rows` tokens at a time, in training or in generation. */
+/* Lays out the arrays for `rows` tokens at a time, in training or not. */
 static void acts_parts(TbrActs *acts, const TbrConfig *config, size_t rows,
                        int training, Extent part[ACTS]) {
-  size_t dim = config->dim;
-  size_t hidden = config->hidden;
-  size_t q = q_width(config);
-  size_t qkv = qkv_width(config);
+  size_t dim = config->dim, hidden = config->hidden, qkv = qkv_width(config);
+  size_t width = 2 * dim + 2 + qkv + q_width(config) + 2 * hidden;
   size_t angles = times(config->context, config->head_dim / 2);
   size_t widest = qkv;
   if (hidden > widest) widest = hidden;
   if (dim > widest) widest = dim;
-  size_t all = rows; /* of all layers */
-  size_t back = 0;   /* of backward */
+  size_t layers = 1, back = 0; /* back: rows of backward */
+  acts->rows = rows;
+  acts->layer_size = 0;
   if (training) {
-    all = times(rows, config->layers);
+    layers = config->layers;
     back = rows;
+    acts->layer_size = times(rows, width);
   }
   const Extent parts[ACTS] = {
-      {&acts->residual, times(all + rows, dim)},
-      {&acts->rstd1, all},
-      {&acts->qkv, times(all, qkv)},
-      {&acts->attended, times(all, q)},
-      {&acts->middle, times(all, dim)},
-      {&acts->rstd2, all},
-      {&acts->gate_up, times(all, 2 * hidden)},
+      {&acts->residual, times(rows, times(layers, width) + dim)},
       {&acts->normed, times(rows, dim)},
       {&acts->hidden, times(rows, hidden)},
       {&acts->dresidual, times(back, dim)},
       {&acts->dshared, times(back, widest)},
       {&acts->dqkv, times(back, qkv)},
       {&acts->dgate_up, times(back, 2 * hidden)},
-      {&acts->scratch, times(back, dim)},
       {&acts->cosines, angles},
       {&acts->sines, angles},
   };
@@ -1511,9 +1387,6 @@ static TbrActs *acts_new(const TbrModel *model, size_t rows, int training) {
   Extent part[ACTS];
   acts_parts(acts, config, rows, training, part);
   acts->block = mem_parts(part, ACTS);
-  acts->rows = rows;
-  acts->layer_rows = 0;
-  if (training) acts->layer_rows = rows;
   size_t half = config->head_dim / 2;
   double slower = tbr_log(config->rope_theta) / (double)half;
   for (size_t i = 0; i < config->context; i++)
@@ -1534,26 +1407,20 @@ void tbr_acts_free(TbrActs *acts) {
   free(acts);
 }
 
-/* The activations of one layer, (rows,width) each. */
-typedef struct {
-  real *residual, *rstd1, *qkv, *attended, *middle, *rstd2, *gate_up;
-  real *out; /* the residual stream behind the layer */
-} LayerActs;
-
+/* What one layer has; behind the last layer, only a residual. */
 static LayerActs acts_at(const TbrConfig *config, const TbrActs *acts,
                          size_t layer) {
-  size_t row = layer * acts->layer_rows;
-  size_t dim = config->dim;
-  return (LayerActs){
-      .residual = acts->residual + row * dim,
-      .rstd1 = acts->rstd1 + row,
-      .qkv = acts->qkv + row * qkv_width(config),
-      .attended = acts->attended + row * q_width(config),
-      .middle = acts->middle + row * dim,
-      .rstd2 = acts->rstd2 + row,
-      .gate_up = acts->gate_up + row * 2 * config->hidden,
-      .out = acts->residual + (row + acts->layer_rows) * dim,
-  };
+  size_t rows = acts->rows, dim = config->dim;
+  LayerActs a;
+  a.residual = acts->residual + layer * acts->layer_size;
+  a.rstd1 = a.residual + rows * dim;
+  a.qkv = a.rstd1 + rows;
+  a.attended = a.qkv + rows * qkv_width(config);
+  a.middle = a.attended + rows * q_width(config);
+  a.rstd2 = a.middle + rows * dim;
+  a.gate_up = a.rstd2 + rows;
+  a.out = a.residual + acts->layer_size;
+  return a;
 }
 
 /* ---- the cache of generation ------------------------------------------- */
@@ -1577,32 +1444,27 @@ static size_t cache_at(const Cache *cache, const TbrConfig *config,
   return head * packed(cache->length);
 }
 
-/* Copies the key and value (size) of a position to where they belong among a
- * head's, which begin at column `at`. */
-static void cache_put(const Cache *cache, size_t at, size_t position,
-                      const real *k, const real *v, size_t size) {
-  size_t panel = packed(cache->length) * NR; /* of values */
-  real *key = cache->keys + at * size + position / NR * size * NR;
-  real *value = cache->values + at * packed(size) + position * NR;
-  for (size_t j = 0; j < size; j++) {
-    key[j * NR + position % NR] = k[j];
-    value[j / NR * panel + j % NR] = v[j];
-  }
-}
-
 /* Copies the keys and values of a batch into one layer of the cache. */
 static void cache_store(const Cache *cache, const TbrConfig *config,
                         size_t layer, const real *qkv, const Batch *batch) {
   size_t size = config->head_dim;
+  size_t panel = packed(cache->length) * NR; /* of values */
   for (size_t s = 0; s < batch->n_spans; s++) {
-    const Span *span = &batch->spans[s];
-    for (size_t i = 0; i < span->n; i++) {
-      const real *row = qkv + (span->row + i) * qkv_width(config);
-      const real *keys = row + q_width(config);
-      const real *values = keys + kv_width(config);
-      for (size_t kv = 0; kv < config->kv_heads; kv++)
-        cache_put(cache, cache_at(cache, config, layer, span->slot, kv),
-                  span->past + i, keys + kv * size, values + kv * size, size);
+    Span span = batch->spans[s];
+    for (size_t kv = 0; kv < config->kv_heads; kv++) {
+      size_t at = cache_at(cache, config, layer, span.slot, kv);
+      real *keys = cache->keys + at * size;
+      real *values = cache->values + at * packed(size);
+      for (size_t i = 0; i < span.n; i++) {
+        size_t position = span.past + i;
+        const real *row = qkv + (span.row + i) * qkv_width(config);
+        const real *k = row + q_width(config) + kv * size;
+        const real *v = k + kv_width(config);
+        for (size_t j = 0; j < size; j++) {
+          keys[(position / NR * size + j) * NR + position % NR] = k[j];
+          values[j / NR * panel + position * NR + j % NR] = v[j];
+        }
+      }
     }
   }
 }
@@ -1641,9 +1503,7 @@ static Head head_at(const TbrConfig *config, real *qkv, size_t row, size_t h) {
 static void attend_forward(const TbrConfig *config, real *attended, real *qkv,
                            size_t layer, const Batch *batch,
                            const Cache *cache) {
-  size_t heads = config->heads;
-  size_t size = config->head_dim;
-  size_t need;
+  size_t heads = config->heads, size = config->head_dim, need;
   real *scratch = batch_scratch(batch, &need);
 #pragma omp parallel for num_threads(threads()) schedule(dynamic)
   for (size_t task = 0; task < batch->n_spans * heads; task++) {
@@ -1673,10 +1533,8 @@ static void attend_forward(const TbrConfig *config, real *attended, real *qkv,
 static void attend_backward(const TbrConfig *config, real *dqkv,
                             const real *dattended, real *qkv,
                             const Batch *batch) {
-  size_t kv_heads = config->kv_heads;
-  size_t group = config->heads / kv_heads;
-  size_t q = q_width(config);
-  size_t need;
+  size_t kv_heads = config->kv_heads, group = config->heads / kv_heads;
+  size_t q = q_width(config), need;
   real *scratch = batch_scratch(batch, &need);
 #pragma omp parallel for num_threads(threads()) schedule(dynamic)
   for (size_t task = 0; task < batch->n_spans * kv_heads; task++) {
@@ -1699,11 +1557,8 @@ static void attend_backward(const TbrConfig *config, real *dqkv,
 static void layer_forward(const TbrConfig *config, const Layer *w,
                           TbrActs *acts, size_t layer, const Batch *batch,
                           const Cache *cache) {
-  size_t rows = batch->rows;
-  size_t dim = config->dim;
-  size_t hidden = config->hidden;
-  size_t q = q_width(config);
-  size_t qkv = qkv_width(config);
+  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
+  size_t q = q_width(config), qkv = qkv_width(config);
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   /* qkv (rows,qkv) = rope(RMSNorm(residual) (rows,dim) W_qkv^T (dim,qkv)) */
@@ -1731,11 +1586,8 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
 static void layer_backward(const TbrConfig *config, const Layer *w,
                            const Layer *grad, TbrActs *acts, size_t layer,
                            const Batch *batch) {
-  size_t rows = batch->rows;
-  size_t dim = config->dim;
-  size_t hidden = config->hidden;
-  size_t q = q_width(config);
-  size_t qkv = qkv_width(config);
+  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
+  size_t q = q_width(config), qkv = qkv_width(config);
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   real *dresidual = acts->dresidual;
@@ -1754,7 +1606,7 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   linear_gradient(grad->gate_up, acts->dgate_up, acts->normed, rows, dim,
                   2 * hidden);
   rmsnorm_backward(dresidual, grad->norm2, dnormed, a.middle, a.rstd2, w->norm2,
-                   rows, dim, acts->scratch);
+                   rows, dim, acts->normed);
   /* middle = residual + attended W_out^T (q,dim) */
   linear_backward(dattended, dresidual, w->out, rows, q, dim);
   linear_gradient(grad->out, dresidual, a.attended, rows, q, dim);
@@ -1768,7 +1620,7 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   linear_backward(dnormed, acts->dqkv, w->qkv, rows, dim, qkv);
   linear_gradient(grad->qkv, acts->dqkv, acts->normed, rows, dim, qkv);
   rmsnorm_backward(dresidual, grad->norm1, dnormed, a.residual, a.rstd1,
-                   w->norm1, rows, dim, acts->scratch);
+                   w->norm1, rows, dim, acts->normed);
 }
 
 /* ---- the loss ---------------------------------------------------------- */
@@ -1805,100 +1657,53 @@ static Span *spans_of(const TbrConfig *config, const TbrSequences *sequences,
 
 enum { LOSS_ROWS = 256 }; /* rows whose logits exist at the same time */
 
-/* A block of rows that have a target, from the last layer to the loss. */
-typedef struct {
-  real *memory;                 /* holds all arrays */
-  real *x, *normed, *logits;    /* (LOSS_ROWS, dim), (dim) and (vocab) */
-  real *rstd, *loss;            /* (LOSS_ROWS) */
-  real *dx, *dnormed, *scratch; /* (LOSS_ROWS, dim) */
-  size_t n;                     /* rows that are there */
-  size_t row[LOSS_ROWS];        /* which they are in the batch */
-  int32_t target[LOSS_ROWS];
-} LossBlock;
-
-static void loss_block_new(LossBlock *block, const TbrConfig *config) {
-  size_t wide = times(LOSS_ROWS, config->dim);
-  const Extent part[] = {
-      {&block->x, wide},
-      {&block->normed, wide},
-      {&block->logits, times(LOSS_ROWS, config->vocab)},
-      {&block->rstd, LOSS_ROWS},
-      {&block->loss, LOSS_ROWS},
-      {&block->dx, wide},
-      {&block->dnormed, wide},
-      {&block->scratch, wide},
-  };
-  block->memory = mem_parts(part, sizeof part / sizeof *part);
-  block->n = 0;
-}
-
-/* Logits and loss of each row; the logits become scale times their gradient
- * unless scale is 0. */
-static void loss_forward(const TbrModel *model, LossBlock *block, real scale) {
-  const TbrConfig *config = &model->config;
-  size_t dim = config->dim;
-  const real *w = classifier(config, model->param);
-  rmsnorm_forward(block->normed, block->rstd, block->x,
-                  final_norm(config, model->param), block->n, dim,
-                  (real)config->norm_eps);
-  /* logits (n,vocab) = normed (n,dim) w^T (dim,vocab) */
-  linear_forward(block->logits, block->normed, transposed(w, dim), block->n,
-                 dim, config->vocab);
-  cross_entropy(block->loss, block->logits, block->target, block->n,
-                config->vocab, scale);
-}
-
-/* From the gradient of the logits to that of the rows, in dresidual, and to
- * those of classifier and last norm. */
-static void loss_backward(const TbrModel *model, LossBlock *block,
-                          real *dresidual, real *grad) {
-  const TbrConfig *config = &model->config;
-  size_t dim = config->dim;
-  const real *w = classifier(config, model->param);
-  linear_backward(block->dnormed, block->logits, w, block->n, dim,
-                  config->vocab);
-  linear_gradient(classifier(config, grad), block->logits, block->normed,
-                  block->n, dim, config->vocab);
-  memset(block->dx, 0, block->n * dim * sizeof(real));
-  rmsnorm_backward(block->dx, final_norm(config, grad), block->dnormed,
-                   block->x, block->rstd, final_norm(config, model->param),
-                   block->n, dim, block->scratch);
-  for (size_t r = 0; r < block->n; r++)
-    memcpy(dresidual + block->row[r] * dim, block->dx + r * dim,
-           dim * sizeof(real));
-}
-
-/* The residual stream (rows,dim) behind the last layer. */
-static const real *last_residual(const TbrConfig *config, const TbrActs *acts) {
-  return acts_at(config, acts, config->layers).residual;
-}
-
 /* The summed cross entropy of the rows that have a target, a block of them at
- * a time; with grad, also its gradient, into grad and acts->dresidual. */
+ * a time; with grad, also scale times its gradient, into grad and
+ * acts->dresidual. */
 static double sum_loss(const TbrModel *model, TbrActs *acts,
                        const TbrSequences *sequences, real *grad, real scale) {
-  size_t dim = model->config.dim;
-  const real *last = last_residual(&model->config, acts);
+  const TbrConfig *config = &model->config;
+  size_t dim = config->dim, vocab = config->vocab;
+  size_t tokens = sequences->tokens, wide = LOSS_ROWS * dim;
+  const real *last = acts_at(config, acts, config->layers).residual;
+  const real *norm = final_norm(config, model->param);
+  const real *w = classifier(config, model->param);
+  real *x = mem_raw(times(LOSS_ROWS, 4 * dim + vocab), sizeof *x);
+  real *normed = x + wide;
+  real *dx = normed + wide;
+  real *dnormed = dx + wide;
+  real *logits = dnormed + wide;
+  real rstd[LOSS_ROWS], loss[LOSS_ROWS];
+  size_t row[LOSS_ROWS]; /* which rows of the batch are in the block */
+  int32_t target[LOSS_ROWS];
   double sum = 0;
-  LossBlock block;
-  if (grad) memset(acts->dresidual, 0, sequences->tokens * dim * sizeof(real));
-  loss_block_new(&block, &model->config);
-  for (size_t i = 0; i < sequences->tokens; i++) {
-    if (sequences->target[i] >= 0) {
-      memcpy(block.x + block.n * dim, last + i * dim, dim * sizeof(real));
-      block.target[block.n] = sequences->target[i];
-      block.row[block.n] = i;
-      block.n++;
+  if (grad) memset(acts->dresidual, 0, tokens * dim * sizeof *dx);
+  for (size_t i = 0; i < tokens;) {
+    size_t n = 0;
+    for (; i < tokens && n < LOSS_ROWS; i++) {
+      if (sequences->target[i] < 0) continue;
+      memcpy(x + n * dim, last + i * dim, dim * sizeof *x);
+      target[n] = sequences->target[i];
+      row[n] = i;
+      n++;
     }
-    int full = block.n == LOSS_ROWS || i + 1 == sequences->tokens;
-    if (!full || block.n == 0) continue;
-    loss_forward(model, &block, grad ? scale : 0);
-    for (size_t r = 0; r < block.n; r++)
-      sum += (double)block.loss[r];
-    if (grad) loss_backward(model, &block, acts->dresidual, grad);
-    block.n = 0;
+    /* logits (n,vocab) = RMSNorm(x) (n,dim) w^T (dim,vocab) */
+    rmsnorm_forward(normed, rstd, x, norm, n, dim, (real)config->norm_eps);
+    linear_forward(logits, normed, transposed(w, dim), n, dim, vocab);
+    cross_entropy(loss, logits, target, n, vocab, grad ? scale : 0);
+    for (size_t r = 0; r < n; r++)
+      sum += (double)loss[r];
+    if (!grad) continue;
+    /* the same backwards; logits are their gradient now */
+    linear_backward(dnormed, logits, w, n, dim, vocab);
+    linear_gradient(classifier(config, grad), logits, normed, n, dim, vocab);
+    memset(dx, 0, n * dim * sizeof *dx);
+    rmsnorm_backward(dx, final_norm(config, grad), dnormed, x, rstd, norm, n,
+                     dim, normed);
+    for (size_t r = 0; r < n; r++)
+      memcpy(acts->dresidual + row[r] * dim, dx + r * dim, dim * sizeof *dx);
   }
-  free(block.memory);
+  free(x);
   return sum;
 }
 
@@ -1934,7 +1739,8 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
   const real *w = classifier(config, model->param);
   size_t dim = config->dim;
   tbr_loss(model, acts, sequences, NULL, 0); /* for the residual stream */
-  rmsnorm_forward(acts->normed, acts->rstd1, last_residual(config, acts),
+  rmsnorm_forward(acts->normed, acts->dshared,
+                  acts_at(config, acts, config->layers).residual,
                   final_norm(config, model->param), sequences->tokens, dim,
                   (real)config->norm_eps);
   linear_forward(logits, acts->normed, transposed(w, dim), sequences->tokens,
@@ -1943,30 +1749,24 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 
 /* ---- loading and saving ------------------------------------------------ */
 
-/* From a llama2.c checkpoint. Its sizes are checked before anything is
- * allocated by them. */
-static TbrModel *model_from_bin(const char *path) {
-  size_t size;
-  char *file = read_file(path, &size);
-  TbrConfig config = bin_config(file, size, path);
-  config_check(&config, path);
-  bin_check(&config, size, path);
-  TbrModel *model = tbr_model_new(&config);
-  bin_weights(model, file);
-  free(file);
-  return model;
-}
-
-/* From a Hugging Face directory, checked likewise. */
-static TbrModel *model_from_directory(const char *directory) {
-  char *config_path = path_in(directory, "config.json");
-  char *weights = path_in(directory, "model.safetensors");
+/* Sizes are checked before anything is allocated by them. */
+TbrModel *tbr_model_load(const char *path) {
+  if (ends_with(path, ".bin")) {
+    size_t size;
+    char *file = read_file(path, &size);
+    TbrConfig config = bin_config(file, size, path);
+    TbrModel *model = tbr_model_new(&config);
+    bin_weights(model, file);
+    free(file);
+    return model;
+  }
+  char *config_path = path_in(path, "config.json");
+  char *weights = path_in(path, "model.safetensors");
   if (!file_exists(config_path))
     tbr_fail("%s: is no model: neither a directory with a config.json nor a "
              "llama2.c file that ends in .bin",
-             directory);
+             path);
   TbrConfig config = config_read(config_path);
-  config_check(&config, config_path);
   SafeTensors *st = st_open(weights);
   if (config.layers > st->n / LAYER_TENSORS)
     tbr_fail("%s: has no tensors for %zu layers", weights, config.layers);
@@ -1979,11 +1779,6 @@ static TbrModel *model_from_directory(const char *directory) {
   free(config_path);
   free(weights);
   return model;
-}
-
-TbrModel *tbr_model_load(const char *path) {
-  if (ends_with(path, ".bin")) return model_from_bin(path);
-  return model_from_directory(path);
 }
 
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
@@ -3324,6 +3119,57 @@ void tbr_examples_write(const char *path, const TbrExamples *list,
 
 /* ---- model directories ------------------------------------------------- */
 
+/* The sizes in a configuration: their names, their keys in config.json, and
+ * what they are where that lacks them (-1: an error, 0: by the others). */
+static const struct {
+  const char *name, *key;
+  size_t at;
+  double otherwise;
+} config_size[] = {
+    {"vocabulary", "vocab_size", offsetof(TbrConfig, vocab), -1},
+    {"width", "hidden_size", offsetof(TbrConfig, dim), -1},
+    {"hidden width", "intermediate_size", offsetof(TbrConfig, hidden), -1},
+    {"number of layers", "num_hidden_layers", offsetof(TbrConfig, layers), -1},
+    {"number of heads", "num_attention_heads", offsetof(TbrConfig, heads), -1},
+    {"number of key-value heads", "num_key_value_heads",
+     offsetof(TbrConfig, kv_heads), 0},
+    {"head size", "head_dim", offsetof(TbrConfig, head_dim), 0},
+    {"context", "max_position_embeddings", offsetof(TbrConfig, context), 2048}};
+enum { CONFIG_SIZES = sizeof config_size / sizeof *config_size };
+
+/* Where a configuration holds size i of the table. */
+static size_t *config_at(const TbrConfig *config, size_t i) {
+  return (size_t *)(void *)((char *)config + config_size[i].at);
+}
+
+static void config_check(const TbrConfig *config, const char *where) {
+  const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
+  for (size_t i = 0; i < CONFIG_SIZES; i++) {
+    size_t size = *config_at(config, i);
+    if (size == 0 || size > limit)
+      tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
+               config_size[i].name, size, limit);
+  }
+  if (config->heads % config->kv_heads)
+    tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
+             "be a multiple of the second",
+             where, config->heads, config->kv_heads);
+  if (config->head_dim > limit / config->heads)
+    tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
+             config->heads, config->head_dim, limit);
+  if (config->head_dim % 2)
+    tbr_fail("%s: the head size is %zu; rotary embedding needs it even", where,
+             config->head_dim);
+  if (!(config->norm_eps > 0) || !(config->rope_theta > 1))
+    tbr_fail("%s: norm epsilon must be above 0 and rope theta above 1", where);
+}
+
+static void config_print(Buf *text, const TbrConfig *config) {
+  for (size_t i = 0; i < CONFIG_SIZES; i++)
+    buf_printf(text, "%zu ", *config_at(config, i));
+  buf_printf(text, "%.17g %.17g ", config->rope_theta, config->norm_eps);
+}
+
 static TbrConfig config_read(const char *path) {
   Json *json = json_read(path);
   const Json *rope = json_get(json, "rope_parameters");
@@ -3348,6 +3194,7 @@ static TbrConfig config_read(const char *path) {
   double theta = json_number(json, "rope_theta", 10000); /* its older place */
   config.rope_theta = json_number(rope, "rope_theta", theta);
   json_free(json);
+  config_check(&config, path);
   return config;
 }
 
@@ -3379,59 +3226,44 @@ static void config_write(const TbrConfig *config, const char *directory,
 
 /* ---- llama2.c's files -------------------------------------------------- */
 
-/* Seven numbers, then float32 tensors, each kind for all layers together.
+/* Seven sizes, then float32 tensors, each kind for all layers together.
  * A negative vocabulary says that the classifier has weights of its own. */
 enum { BIN_SIZES = 7, BIN_HEADER = 4 * BIN_SIZES };
 
 static TbrConfig bin_config(const char *file, size_t size, const char *path) {
-  uint32_t number[BIN_SIZES];
+  TbrConfig c = {.rope_theta = 10000, .norm_eps = 1e-5};
+  size_t *const to[BIN_SIZES] = {&c.dim,      &c.hidden, &c.layers, &c.heads,
+                                 &c.kv_heads, &c.vocab,  &c.context};
   if (size < BIN_HEADER)
     tbr_fail("%s: is too short to be a llama2.c checkpoint", path);
   for (size_t i = 0; i < BIN_SIZES; i++)
-    number[i] = (uint32_t)little_endian(file + 4 * i, 4);
-  int negative = (number[5] >> 31) != 0;
-  if (negative) number[5] = 0 - number[5];
-  TbrConfig config = {
-      .dim = number[0],
-      .hidden = number[1],
-      .layers = number[2],
-      .heads = number[3],
-      .kv_heads = number[4],
-      .vocab = number[5],
-      .context = number[6],
-      .rope_theta = 10000,
-      .norm_eps = 1e-5,
-      .tied = !negative,
-  };
-  if (config.heads) config.head_dim = config.dim / config.heads;
-  return config;
-}
-
-static void bin_check(const TbrConfig *config, size_t size, const char *path) {
-  uint64_t dim = config->dim;
-  uint64_t query = (uint64_t)config->heads * config->head_dim;
-  uint64_t key = (uint64_t)config->kv_heads * config->head_dim;
-  uint64_t layer = dim * (2 + 2 * query + 2 * key + 3 * config->hidden);
-  uint64_t numbers = config->vocab * dim + config->layers * layer + dim +
-                     (uint64_t)config->context * config->head_dim;
-  if (!config->tied) numbers += config->vocab * dim;
+    *to[i] = (size_t)little_endian(file + 4 * i, 4);
+  c.tied = c.vocab >> 31 == 0;
+  if (!c.tied) c.vocab = (uint32_t)(0 - c.vocab);
+  if (c.heads) c.head_dim = c.dim / c.heads;
+  config_check(&c, path);
+  /* Is the file just as long as that says? */
+  uint64_t dim = c.dim, head = c.head_dim;
+  uint64_t layer = dim * (2 + 2 * head * (c.heads + c.kv_heads) + 3 * c.hidden);
+  uint64_t numbers = c.vocab * dim + c.layers * layer + dim + c.context * head;
+  if (!c.tied) numbers += c.vocab * dim;
   if (size != BIN_HEADER + 4 * numbers)
     tbr_fail("%s: is %zu bytes long, and by its header should be %.0f: it is "
              "truncated or not a llama2.c checkpoint",
              path, size, BIN_HEADER + 4 * (double)numbers);
+  return c;
 }
 
 /* Reads one tensor; returns where it ends. llama2.c turns neighbours 2j and
  * 2j+1 of a head of q or k, Hugging Face j and j + half: the rows of these are
- * read into the latter's order, head by head (head_dim 0: as they are). */
+ * read into the latter's order, head by head. */
 static const char *bin_tensor(TbrModel *model, const TbrTensor *tensor,
-                              const char *at, size_t head_dim) {
+                              const char *at) {
+  size_t size = model->config.head_dim;
+  int turns = strstr(tensor->name, "q_proj") || strstr(tensor->name, "k_proj");
   for (size_t r = 0; r < tensor->rows; r++) {
-    size_t to = r;
-    if (head_dim) {
-      size_t j = r % head_dim;
-      to = r - j + j / 2 + j % 2 * (head_dim / 2);
-    }
+    size_t j = r % size, to = r;
+    if (turns) to = r - j + j / 2 + j % 2 * (size / 2);
     at = read_numbers(model->param + tensor->at + to * tensor->columns, at, F32,
                       tensor->columns);
   }
@@ -3439,30 +3271,16 @@ static const char *bin_tensor(TbrModel *model, const TbrTensor *tensor,
 }
 
 static void bin_weights(TbrModel *model, const char *file) {
-  /* In the order of the file; all layers' tensors of a kind stand together. */
-  static const char *const kinds[] = {"embed_tokens.weight",
-                                      "input_layernorm.weight",
-                                      "q_proj.weight",
-                                      "k_proj.weight",
-                                      "v_proj.weight",
-                                      "o_proj.weight",
-                                      "post_attention_layernorm.weight",
-                                      "gate_proj.weight",
-                                      "down_proj.weight",
-                                      "up_proj.weight",
-                                      "model.norm.weight",
-                                      "lm_head.weight"};
-  const TbrConfig *config = &model->config;
+  static const char *const in_order[] = {
+      "embed_", "input_", "q_proj", "k_proj", "v_proj",     "o_proj",
+      "post_",  "gate_",  "down_",  "up_",    "model.norm", "lm_head"};
   const char *at = file + BIN_HEADER;
-  for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-    int turns = !strcmp(kinds[k], "q_proj.weight") ||
-                !strcmp(kinds[k], "k_proj.weight");
-    if (!strcmp(kinds[k], "lm_head.weight")) /* before it: tables of rope */
-      at += 4 * config->context * config->head_dim;
+  for (size_t k = 0; k < sizeof in_order / sizeof *in_order; k++) {
+    if (!strcmp(in_order[k], "lm_head")) /* before it: tables of rope */
+      at += 4 * model->config.context * model->config.head_dim;
     for (size_t i = 0; i < model->n_tensors; i++)
-      if (strstr(model->tensor[i].name, kinds[k]))
-        at = bin_tensor(model, &model->tensor[i], at,
-                        turns ? config->head_dim : 0);
+      if (strstr(model->tensor[i].name, in_order[k]))
+        at = bin_tensor(model, &model->tensor[i], at);
   }
 }
 
