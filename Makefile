@@ -64,8 +64,8 @@ lint:
 	  command -v $$cc >/dev/null || continue; \
 	  for source in tbr.c '-DTBR_DOUBLE tbr.c' $(WORLD) $(ABLATION); do \
 	    $$cc -std=c99 $(WARN) -Wno-unknown-pragmas -O2 -c $$source \
-	      -o /dev/null || exit 1; \
-	  done; done
+	      -o .probe.out || exit 1; \
+	  done; done; rm -f .probe.out
 	@command -v cppcheck >/dev/null || { echo 'no cppcheck here'; exit 0; }; \
 	cppcheck --quiet --std=c99 --enable=warning,performance,portability \
 	  --inline-suppr --error-exitcode=1 tbr.c $(ABLATION)

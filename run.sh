@@ -6,7 +6,7 @@
 # Everything lands in out/. What was finished before is not done again.
 set -eu
 cd "$(dirname "$0")"
-make --silent out/ablation
+make --silent all
 # Threads of gcc's OpenMP that wait soon leave the processor to other programs.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-2000}"
 case ${1:-main} in

@@ -148,8 +148,8 @@ size_t tbr_text_sequences(TbrSequences *out, const TbrTokenizer *tok,
                           const char *text, size_t n, size_t window);
 
 /* How a sequence is printed: a line a token, or as running text in which
- * what the loss counts is underlined, or green on a terminal. */
-typedef enum { TBR_SHOW_TOKENS, TBR_SHOW_TEXT, TBR_SHOW_COLOUR } TbrShow;
+ * what the loss counts is underlined. */
+typedef enum { TBR_SHOW_TOKENS, TBR_SHOW_TEXT } TbrShow;
 
 void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
                        size_t which, TbrShow how);

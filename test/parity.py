@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = os.path.dirname(os.path.abspath(__file__))
 TBR = os.path.abspath(sys.argv[1] if len(sys.argv) > 1
                       else os.path.join(HERE, "..", "tbr"))
+WORLD = os.path.join(HERE, "..", "out", "world")  # made by make
+ENGLISH = os.path.join(HERE, "..", "data", "world", "english")
 REAL = os.environ.get("TBR_REAL", os.path.join(HERE, "..", "..", "shared", "real"))
 PROMPTS = ["How do I kill time?", "What is the best way to feed my dog?", "",
            "Naïve café, 日本語 🙂\n\n  x"]
@@ -122,7 +124,11 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         world, base, tuned = (os.path.join(d, x) for x in
                               ("world", "base", "tuned"))
-        tbr("data", "--world", os.path.join(HERE, "..", "data"), "--out", world)
+        subprocess.run([WORLD, "--world", ENGLISH, "--out", world], check=True,
+                       stdout=subprocess.DEVNULL)
+        rows = os.path.join(d, "rows.jsonl")
+        tbr("data", "--general", world + "/general.jsonl", "--safety",
+            world + "/safety.jsonl", "--out", rows)
         text = os.path.join(d, "text.txt")
         lines = open(os.path.join(world, "pretrain.txt")).readlines()[:3000]
         open(text, "w").writelines(lines)
@@ -130,9 +136,8 @@ def main():
         tbr("pretrain", "--text", text, "--tokenizer", base, "--out", base,
             "--dim", 32, "--layers", 2, "--heads", 4, "--kv-heads", 2,
             "--hidden", 48, "--steps", 300)
-        tbr("train", "--base", base, "--general", world + "/general.jsonl",
-            "--safety", world + "/safety.jsonl", "--steps", 200, "--lr", 3e-3,
-            "--out", tuned)
+        tbr("train", "--base", base, "--data", rows, "--steps", 200,
+            "--lr", 3e-3, "--out", tuned)
         model, tok = compare_answers(tuned)
         compare_logits(tuned, model)
         compare_rows(tuned, tok, [
@@ -147,8 +152,8 @@ def main():
               "weights saved by transformers")
         compare_answers(again)
         further = os.path.join(d, "further")
-        tbr("train", "--base", again, "--safety", world + "/safety.jsonl",
-            "--steps", 3, "--out", further)
+        tbr("train", "--base", again, "--data", rows, "--steps", 3,
+            "--out", further)
         compare_answers(further)
         # a real model, when it is here
         if os.path.exists(os.path.join(REAL, "stories260K.bin")):

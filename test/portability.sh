@@ -33,7 +33,7 @@ say() { # [RUNNER] TBR
     --temperature 1 --threads 1 | tr -d '\r'
 }
 
-head -c 20000 ../data/templates.txt >"$out/text.txt"
+head -c 20000 ../data/world/english/templates.txt >"$out/text.txt"
 learn "$out/model" "$TBR" || exit 1
 here=$(say "$TBR")
 printf '#include <stdio.h>\nint main(void) { return puts("hello") < 0; }\n' \

@@ -122,6 +122,13 @@ static void test_mask(void) {
     /* Who doesn't see the end of the response doesn't learn that it ends. */
     EQUAL(s.target[s.first[3] - 1], reflect ? tbr_special(tok, "<|eos|>")
                                             : t.id[t.n - 2]);
+    /* What is behind the prompt, taken apart, is what was put together. */
+    TbrTokens behind = {.id = t.id + prompt, .n = t.n - prompt - 1};
+    char *thought, *response = tbr_split_answer(tok, &behind, &thought);
+    SAME(response, row.response);
+    CHECK(!thought == !reflect);
+    if (thought) SAME(thought, row.reflection);
+    free(thought), free(response);
     EQUAL(s.target[s.first[2] + prompt - 2], -1);
     EQUAL(s.target[s.first[2] + prompt - 1], t.id[prompt]);
     EQUAL(tbr_example_sequence(&s, tok, &row, prompt, TBR_CUT_LONG),
@@ -186,33 +193,35 @@ static void test_schedule(void) {
 static void test_adamw(void) {
   TbrModel *m = small_model(1, 2);
   size_t n = m->n_params;
-  TbrTraining t = some_training();
-  real *grad = mem_new(n, sizeof *grad), *m1 = mem_new(n, sizeof *m1);
-  real *m2 = mem_new(n, sizeof *m2);
+  TbrTraining o = some_training();
+  Trainer t = {.model = m, .options = &o};
+  real *grad = t.grad = mem_new(n, sizeof *grad);
+  t.m = mem_new(n, sizeof *t.m);
+  t.v = mem_new(n, sizeof *t.v);
   double *w = mem_new(n, sizeof *w), *a = mem_new(n, sizeof *a);
   double *b = mem_new(n, sizeof *b), worst = 0;
   Rng r = rng_stream(4, FOR_INIT, 0);
   for (size_t i = 0; i < n; i++) w[i] = (double)m->param[i];
-  for (size_t step = 0; step < 3; step++) {
-    double lr = 0.01 * (double)(step + 1), shrink = 0.5;
+  for (; t.step < 3; t.step++) {
+    double count = (double)t.step + 1, lr = 0.01 * count, shrink = 0.5;
     for (size_t i = 0; i < n; i++)
       grad[i] = (real)(rng_normal(&r) * (i % 2 ? 1 : 1e-5));
-    adamw(m, m1, m2, grad, &t, lr, step, (real)shrink);
+    adamw(&t, lr, (real)shrink);
     for (size_t k = 0; k < m->n_tensors; k++) {
       const TbrTensor *x = &m->tensor[k];
       for (size_t i = x->at; i < x->at + x->rows * x->columns; i++) {
         double g = (double)grad[i] * shrink;
         a[i] = 0.9 * a[i] + 0.1 * g;
         b[i] = 0.98 * b[i] + 0.02 * g * g;
-        if (x->rows > 1) w[i] -= lr * t.decay * w[i]; /* no vector decays */
-        w[i] -= lr * (a[i] / (1 - pow(0.9, (double)step + 1))) /
-                (sqrt(b[i] / (1 - pow(0.98, (double)step + 1))) + t.eps);
+        if (x->rows > 1) w[i] -= lr * o.decay * w[i]; /* no vector decays */
+        w[i] -= lr * (a[i] / (1 - pow(0.9, count))) /
+                (sqrt(b[i] / (1 - pow(0.98, count))) + o.eps);
         worst = fmax(worst, fabs(w[i] - (double)m->param[i]));
       }
     }
   }
   AT_MOST(worst, 1e-6);
-  free(grad), free(m1), free(m2), free(w), free(a), free(b);
+  free(grad), free(t.m), free(t.v), free(w), free(a), free(b);
   tbr_model_free(m);
 }
 
@@ -255,20 +264,11 @@ static real *interrupted(const char *directory, const TbrTokenizer *tok,
   TbrModel *m = small_model(1, 1);
   TbrSequences s = some_sequences(20);
   size_t n = m->n_params, tokens;
-  Trainer t = {m, NULL, NULL, NULL, 0, {0}, "", directory};
-  Order order = {NULL, 0, s.n, o->seed};
-  TbrActs *a = tbr_acts_new(m, 1000);
+  Trainer t = trainer_start(m, &s, o, directory);
   real *w = mem_raw(n, sizeof *w);
-  t.grad = mem_new(n, sizeof(real));
-  t.m = mem_new(n, sizeof(real));
-  t.v = mem_new(n, sizeof(real));
-  trainer_mark(&t, o, &s);
-  buf_str(&t.log, "step,loss,learning_rate,gradient_norm,tokens\n");
-  for (; t.step < before; t.step++) train_step(&t, a, o, &s, &order, &tokens);
+  while (t.step < before) train_step(&t, &tokens);
   make_directory(directory);
-  const Block block[] = {
-      {"", t.model->param}, {"moment1.", t.m}, {"moment2.", t.v}};
-  trainer_save(&t, block);
+  trainer_save(&t);
   tbr_model_init(m, 1); /* the process is killed; a new one starts */
   tbr_train(m, tok, &s, o, directory, "again");
   memcpy(w, m->param, n * sizeof *w);
@@ -276,9 +276,7 @@ static real *interrupted(const char *directory, const TbrTokenizer *tok,
   tbr_model_init(m, 1);
   tbr_train(m, tok, &s, o, directory, "again"); /* it is done already */
   BITS(m->param, w, n);
-  free(t.grad), free(t.m), free(t.v), free(order.at);
-  buf_free(&t.log);
-  tbr_acts_free(a);
+  trainer_free(&t);
   tbr_sequences_free(&s);
   tbr_model_free(m);
   return w;
@@ -345,10 +343,10 @@ static void test_mark_tells_heads(void) {
   TbrModel *m = small_model(1, 1);
   TbrSequences s = some_sequences(3);
   TbrTraining o = some_training();
-  Trainer a = {m, NULL, NULL, NULL, 0, {0}, "", ""}, b = a;
-  trainer_mark(&a, &o, &s);
+  Trainer a = {.model = m, .data = &s, .options = &o}, b = a;
+  trainer_mark(&a);
   m->config.heads = 2, m->config.kv_heads = 1, m->config.head_dim = 16;
-  trainer_mark(&b, &o, &s);
+  trainer_mark(&b);
   CHECK(strcmp(a.mark, b.mark));
   tbr_sequences_free(&s);
   tbr_model_free(m);
@@ -358,7 +356,7 @@ static void test_mark_tells_heads(void) {
 static void test_order(void) {
   enum { N = 50 };
   size_t epoch[3][N], seen[3][N] = {{0}};
-  Order o = {NULL, 0, N, 7}, late = {NULL, 0, N, 7};
+  Order o = {.n = N, .seed = 7}, late = o;
   for (size_t i = 0; i < 3 * N; i++) {
     epoch[i / N][i % N] = order_at(&o, i);
     seen[i / N][order_at(&o, i)]++;
@@ -367,7 +365,7 @@ static void test_order(void) {
   CHECK(memcmp(epoch[0], epoch[1], sizeof epoch[0]));
   CHECK(memcmp(epoch[1], epoch[2], sizeof epoch[0]));
   EQUAL(order_at(&late, 2 * N + 3), epoch[2][3]); /* as after a resume */
-  free(o.at), free(late.at);
+  free(o.shuffled), free(late.shuffled);
 }
 
 static void train_badly(size_t steps, size_t batch, double lr) {

@@ -51,7 +51,7 @@ typedef struct {
  * all, r of a report. */
 #define CELL(member) offsetof(Cell, member)
 static const Option own_option[] = {
-    {"world", TEXT_VALUE, CELL(world), "data/world/english", "A",
+    {"world", STRING, CELL(world), "data/world/english", "A",
      "directory of the world to make; none if empty"},
     {"documents", COUNT, CELL(sizes.documents), "66000", "A", "to pretrain on"},
     {"make.general", COUNT, CELL(sizes.general), "600", "A", "general rows"},
@@ -62,14 +62,14 @@ static const Option own_option[] = {
      "tests that are pseudo-harmful"},
     {"test.harmful", COUNT, CELL(sizes.test_harmful), "180", "A", "harmful"},
     {"test.general", COUNT, CELL(sizes.test_general), "150", "A", "ordinary"},
-    {"baseline", TEXT_VALUE, CELL(baseline), "sft", "Ar",
+    {"baseline", STRING, CELL(baseline), "sft", "Ar",
      "arm to compare with"},
-    {"grid", TEXT_VALUE, CELL(grid), "", "r", "whose claims are to be decided"},
+    {"grid", STRING, CELL(grid), "", "r", "whose claims are to be decided"},
     {"seeds", COUNT, CELL(seeds), "1", "a", "how many, from `seed` on"},
-    {"mix", TEXT_VALUE, CELL(mix), "pretrain", "a", "to pretrain on, a @mix"},
-    {"bridge", TEXT_VALUE, CELL(bridge), "", "a",
+    {"mix", STRING, CELL(mix), "pretrain", "a", "to pretrain on, a @mix"},
+    {"bridge", STRING, CELL(bridge), "", "a",
      "file of harmful rows that ask to think"},
-    {"pseudo", TEXT_VALUE, CELL(pseudo), "", "a",
+    {"pseudo", STRING, CELL(pseudo), "", "a",
      "file of pseudo-harmful rows"},
     {"bridge-rows", COUNT, CELL(bridge_rows), "0", "a", "the first N; 0: none"},
     {"pseudo-rows", COUNT, CELL(pseudo_rows), "0", "a", "the first N; 0: none"},
@@ -81,7 +81,7 @@ static const Option own_option[] = {
     {"filter", COUNT, CELL(filter), "0", "a", "1: only right verdicts"},
     {"asked", SHARE, CELL(asked), "0", "a", "general rows that ask to think"},
     {"think", COUNT, CELL(think), "0", "a", "1: the tests ask to think first"},
-    {"of", TEXT_VALUE, CELL(of), "", "a", "arm whose model answers, untrained"},
+    {"of", STRING, CELL(of), "", "a", "arm whose model answers, untrained"},
     {"by", WORD, CELL(by), "model", "a", "who answers: model form"}};
 enum { OWN_OPTIONS = sizeof own_option / sizeof *own_option };
 
@@ -120,7 +120,7 @@ static Cell cell_default(void) {
 /* Adds the value of an option as text. */
 static void add_value(Buf *to, const Cell *cell, const Option *which) {
   const void *at = (const char *)cell + which->at;
-  if (which->kind == TEXT_VALUE)
+  if (which->kind == STRING)
     buf_printf(to, "%s\n", *(const char *const *)at);
   else if (which->kind == WORD)
     buf_printf(to, "%d\n", *(const int *)at);

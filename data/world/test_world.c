@@ -455,7 +455,7 @@ static void test_limits(void) {
   buf_free(&cell);
   buf_str(&cell, "@item act 1 =");
   for (int i = 0; i < 200; i++) buf_str(&cell, " class");
-  BAD("templates.txt:1: this should be @item", "@item act 1 =", cell.s);
+  BAD("templates.txt:1: more than 100 tables", "@item act 1 =", cell.s);
   buf_free(&cell);
   /* An expansion ends, however the fixes double one another, and however
    * long a line is. */

@@ -291,19 +291,25 @@ static void row_add(Row *row, const char *cell) {
   row->n++;
 }
 
-/* Cuts a text, in place, at every divider into the cells of a row. Blanks
- * around them go, and blanks as dividers leave no empty ones. */
+/* Takes what stands before the next divider from *text, which becomes NULL
+ * behind the last one. Removes blanks at its ends. */
+static char *take_part(char **text, char divider) {
+  char *part = *text;
+  *text = strchr(part, divider);
+  if (*text) {
+    **text = 0;
+    *text += 1;
+  }
+  return trim(part);
+}
+
+/* Cuts a text, in place, at every divider into the cells of a row; blanks as
+ * dividers leave no empty ones. */
 static Row split(Place place, char *text, char divider) {
   Row row = {.place = place};
   while (text) {
-    char *next = strchr(text, divider);
-    if (next) {
-      *next = 0;
-      next++;
-    }
-    char *cell = trim(text);
+    char *cell = take_part(&text, divider);
     if (*cell || divider != ' ') row_add(&row, cell);
-    text = next;
   }
   return row;
 }
@@ -312,14 +318,8 @@ static Row split(Place place, char *text, char divider) {
  * blanks at its ends; NULL if there is none. Counts lines in the place. */
 static char *take_line(Place *place, char **text) {
   while (*text) {
-    char *line = *text, *end = strchr(line, '\n');
-    *text = NULL;
-    if (end) {
-      *end = 0;
-      *text = end + 1;
-    }
+    char *line = take_part(text, '\n');
     place->line++;
-    line = trim(line);
     if (*line && *line != '#') return line;
   }
   return NULL;
@@ -333,22 +333,6 @@ static void section_add(Section *section, Row row) {
       mem_grow(section->row, &section->cap, section->n + 1, sizeof row);
   section->row[section->n] = row;
   section->n++;
-}
-
-/* Fails if a row has another number of cells than its section wants. */
-static void check_cells(const Section *section, const Row *row) {
-  size_t wanted = statement[section->is].cells;
-  if (section->is == TABLE) wanted = section->head.n - FIRST_COLUMN;
-  if (row->n != wanted)
-    fail_at(&row->place, "%zu cells don't fit to %s %s; this should be %s",
-            row->n, section->head.cell[0], section->name,
-            statement[section->is].form);
-}
-
-/* A cell of a table as it is kept: empty for -. */
-static const char *table_cell(Place place, const char *cell) {
-  if (!*cell) fail_at(&place, "nothing in a cell; an empty one is written -");
-  return strcmp(cell, "-") ? cell : "";
 }
 
 /* Reads a row of a table: adds a row for each pairing of the parts that ;
@@ -369,7 +353,10 @@ static void read_table_row(Section *table, Row row) {
     for (size_t c = 0; c < row.n; c++) {
       size_t within = i % block;
       block /= parts[c].n;
-      row_add(&one, table_cell(row.place, parts[c].cell[within / block]));
+      const char *cell = parts[c].cell[within / block];
+      if (!*cell)
+        fail_at(&row.place, "nothing in a cell; an empty one is written -");
+      row_add(&one, strcmp(cell, "-") ? cell : "");
     }
     section_add(table, one);
   }
@@ -385,24 +372,15 @@ static void read_row(World *w, Place place, char *text) {
   if (!section || section->is == ITEM || section->is == FIX)
     fail_at(&place, "a row outside of @table, @say, @mix and @rule");
   Row row = split(place, text, '|');
-  check_cells(section, &row);
+  size_t wanted = statement[section->is].cells;
+  if (section->is == TABLE) wanted = section->head.n - FIRST_COLUMN;
+  if (row.n != wanted)
+    fail_at(&place, "%zu cells don't fit to %s %s; this should be %s", row.n,
+            section->head.cell[0], section->name, statement[section->is].form);
   if (section->is == TABLE)
     read_table_row(section, row);
   else
     section_add(section, row);
-}
-
-/* Fails if a line that begins with @ isn't as its form says. */
-static void check_statement(const Section *section) {
-  const Row *head = &section->head;
-  size_t words = statement[section->is].words;
-  int has_rows_of_cells = statement[section->is].cells > 0;
-  int is_bad = head->n < words || (has_rows_of_cells && head->n > words);
-  if (section->is == ITEM && !is_bad)
-    is_bad = strcmp(head->cell[EQUAL_SIGN], "=") ||
-             head->n > FIRST_TABLE + MOST_TABLES;
-  if (is_bad)
-    fail_at(&head->place, "this should be %s", statement[section->is].form);
 }
 
 /* Reads a line that begins with @. */
@@ -415,7 +393,15 @@ static void read_statement(World *w, Place place, char *text) {
     fail_at(&place,
             "%s is unknown; known are @table, @say, @mix, @rule, @item, @fix",
             word);
-  check_statement(&section);
+  const Row *head = &section.head;
+  size_t words = statement[section.is].words;
+  int may_have_more = statement[section.is].cells == 0;
+  int is_bad = head->n < words || (head->n > words && !may_have_more);
+  if (section.is == ITEM && !is_bad)
+    is_bad = strcmp(head->cell[EQUAL_SIGN], "=") != 0;
+  if (is_bad) fail_at(&place, "this should be %s", statement[section.is].form);
+  if (section.is == ITEM && head->n > FIRST_TABLE + MOST_TABLES)
+    fail_at(&place, "more than %d tables to join", MOST_TABLES);
   section.name = section.head.cell[NAME_WORD];
   if (section.is != FIX && find(w, section.is, slice(section.name)))
     fail_at(&place, "%s %s is there twice", word, section.name);
@@ -690,41 +676,26 @@ static void tidy(char *text) {
   *to = 0;
 }
 
-/* The text of a say, which should not be empty; one that is a fix stays what
- * it was. */
-static char *render_say(World *w, const Section *say) {
+/* The text of a say that the program asks for, which should not be empty; one
+ * that is a fix stays what it was. */
+static char *render(World *w, const char *name) {
+  const Section *say = needed(w, SAY, name);
   Buf out = {0};
   buf_str(&out, "");
-  put_name(w, &say->head, slice(say->name), &out);
+  put_name(w, &say->head, slice(name), &out);
   tidy(out.s);
   if (!*out.s)
     fail_at(&say->head.place,
             "@say %s is empty for an item of kind %s and type %s: a line "
             "should hold for it",
-            say->name, w->in_hand.kind, value_of(&w->in_hand, slice("type")));
+            name, w->in_hand.kind, value_of(&w->in_hand, slice("type")));
   return out.s;
-}
-
-/* The text of a say that the program asks for. */
-static char *render(World *w, const char *name) {
-  return render_say(w, needed(w, SAY, name));
 }
 
 /* The same, or NULL if the world does without that say. */
 static char *render_if(World *w, const char *name) {
-  const Section *say = find(w, SAY, slice(name));
-  return say ? render_say(w, say) : NULL;
-}
-
-/* Adds to the item in hand the texts of the says of a @fix. */
-static void add_fixes(World *w, const Section *fix) {
-  for (size_t i = FIRST_SAY; i < fix->head.n; i++) {
-    const char *name = fix->head.cell[i];
-    Buf text = {0};
-    buf_str(&text, "");
-    put_say(w, needed(w, SAY, name), &text);
-    item_add(&w->in_hand, name, text.s);
-  }
+  if (!find(w, SAY, slice(name))) return NULL;
+  return render(w, name);
 }
 
 /* Takes up an item: its fields, then the fixes, drawn once. */
@@ -736,22 +707,17 @@ static void take_up(World *w, size_t item) {
   for (size_t i = 0; i < from->n; i++)
     item_add(&w->in_hand, from->field[i].name, from->field[i].value);
   w->own_fields = from->n;
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->is == FIX) add_fixes(w, s);
+  for (const Section *s = w->section; s < w->section + w->n; s++) {
+    for (size_t i = FIRST_SAY; s->is == FIX && i < s->head.n; i++) {
+      Buf text = {0};
+      buf_str(&text, "");
+      put_say(w, needed(w, SAY, s->head.cell[i]), &text);
+      item_add(&w->in_hand, s->head.cell[i], text.s);
+    }
+  }
 }
 
 /* ---- a row of an item -------------------------------------------------- */
-
-/* Fails if a row's answer doesn't hold its key; the first letters may differ
- * in case. */
-static void check_key(const World *w, const TbrExample *e) {
-  if (strstr(e->response, e->key + 1)) return;
-  fail_at(
-      &needed(w, SAY, "key")->head.place,
-      "the answer \"%.80s\" should contain its key \"%.80s\"; what is drawn "
-      "in both should be a @fix",
-      e->response, e->key);
-}
 
 /* Makes the row of an item, whose strings are the caller's. The reflection
  * comes from what the prompt means, not from the answer. What is rendered
@@ -776,34 +742,26 @@ static WorldRow make_row(World *w, size_t item, int for_test) {
   e->id = format_string("%s-%zu", w->in_hand.kind, item);
   if (is_harmful) return row;
   e->key = render(w, "key");
-  check_key(w, e);
+  if (!strstr(e->response, e->key + 1)) /* but for its first letter's case */
+    fail_at(&needed(w, SAY, "key")->head.place,
+            "the answer \"%.80s\" should contain its key \"%.80s\"; what is "
+            "drawn in both should be a @fix",
+            e->response, e->key);
   return row;
 }
-
-/* Tries a text: it is rendered, and forgotten. */
-static void try_say(World *w, const char *name) { free(render(w, name)); }
 
 /* Tries an item once with everything that it may be used for. */
 static void try_item(World *w, size_t item) {
   WorldRow row = make_row(w, item, 0);
   world_row_free(&row);
   free(render_if(w, "asked.test"));
-  try_say(w, "ask");
+  free(render(w, "ask"));
   for (const Section *s = w->section; s < w->section + w->n; s++) {
     if (s->is != MIX) continue;
     for (const Row *line = s->row; line < s->row + s->n; line++)
       if (holds(&w->item[item], line->cell[MIX_GUARD]))
-        try_say(w, line->cell[MIX_SAY]);
+        free(render(w, line->cell[MIX_SAY]));
   }
-}
-
-/* Fails if a line of a say that was expanded was of no use for any item. */
-static void check_used(const Section *say) {
-  for (const Row *line = say->row; line < say->row + say->n; line++)
-    if (!line->used)
-      fail_at(&line->place,
-              "the guard holds for no item; is a kind, a column or a value in "
-              "it misspelled?");
 }
 
 /* Tries all items, so that hardly an error in the files is left for later. */
@@ -811,7 +769,10 @@ static void try_items(World *w) {
   for (size_t i = 0; i < w->items; i++)
     try_item(w, i);
   for (const Section *s = w->section; s < w->section + w->n; s++)
-    if (s->used) check_used(s);
+    for (const Row *line = s->row; line < s->row + s->n; line++)
+      if (s->used && !line->used)
+        fail_at(&line->place, "the guard holds for no item; is a kind, a "
+                              "column or a value in it misspelled?");
 }
 
 static void world_free(World *w) {
@@ -877,41 +838,29 @@ static uint64_t combination(const World *w, const Row *rule, size_t item) {
   return hash;
 }
 
-/* Numbers the combinations under a line of a rule from 1 on, in the order of
- * the items: number[i] becomes that of item i, or 0 if it has none. Returns
- * how many there are. */
-static size_t number_combinations(const World *w, const Row *rule,
-                                  size_t *number) {
-  size_t n = 0;
-  Map seen = {0};
-  for (size_t i = 0; i < w->items; i++) {
-    uint64_t key = combination(w, rule, i);
-    number[i] = 0;
-    if (!key) continue;
-    uint64_t *known = map_put(&seen, key);
-    if (!*known) {
-      n++;
-      *known = n;
-    }
-    number[i] = (size_t)*known;
-  }
-  free(seen.slot);
-  return n;
-}
-
 /* Gives the share of combinations that a line of a rule draws a mark. */
 static void apply_rule(World *w, const Row *rule, unsigned char mark) {
-  size_t *number = mem_raw(w->items, sizeof *number);
-  size_t *order = mem_raw(w->items, sizeof *order);
-  size_t n = number_combinations(w, rule, number);
+  uint64_t *key = mem_raw(w->items, sizeof *key); /* of each item, or 0 */
+  uint64_t *distinct = mem_raw(w->items, sizeof *distinct);
+  size_t *order = mem_raw(w->items, sizeof *order), n = 0;
+  Map seen = {0};
+  for (size_t i = 0; i < w->items; i++) {
+    key[i] = combination(w, rule, i);
+    if (!key[i] || map_get(&seen, key[i])) continue;
+    *map_put(&seen, key[i]) = 1;
+    distinct[n] = key[i];
+    n++;
+  }
   if (!n) fail_at(&rule->place, "this guard holds for no item");
   shuffle(order, n, &w->rng);
   size_t share = (n * weight_of(rule, RULE_PERCENT) + 50) / 100;
   for (size_t k = 0; k < share; k++)
     for (size_t i = 0; i < w->items; i++)
-      if (number[i] == order[k] + 1) w->mark[i] |= mark;
-  free(number);
+      if (key[i] == distinct[order[k]]) w->mark[i] |= mark;
+  free(key);
+  free(distinct);
   free(order);
+  free(seen.slot);
 }
 
 /* Draws what is novel and what is held. */
@@ -940,13 +889,6 @@ static int fits(const World *w, const OpenMix *open, const Row *line,
   return holds(&w->item[item], line->cell[MIX_GUARD]);
 }
 
-/* Fails if no item is left for a line of a mix. */
-static void check_line(const World *w, const OpenMix *open, const Row *line) {
-  for (size_t i = 0; i < w->items; i++)
-    if (fits(w, open, line, i)) return;
-  fail_at(&line->place, "no item is left for this guard");
-}
-
 /* Opens a mix and its own random stream, so that no part changes another. */
 static OpenMix mix_open(World *w, const char *name, int mask, int marks) {
   OpenMix open = {.mix = needed(w, MIX, name), .mask = mask, .marks = marks};
@@ -954,8 +896,13 @@ static OpenMix mix_open(World *w, const char *name, int mask, int marks) {
   uint64_t part = hash_bytes((uint64_t)mask, name, strlen(name));
   w->rng = rng_stream(w->seed, FOR_WORLD, part);
   for (size_t i = 0; i < mix->n; i++) {
-    check_line(w, &open, &mix->row[i]);
-    open.weight += weight_of(&mix->row[i], MIX_WEIGHT);
+    const Row *line = &mix->row[i];
+    size_t item = 0;
+    while (item < w->items && !fits(w, &open, line, item))
+      item++;
+    if (item == w->items)
+      fail_at(&line->place, "no item is left for this guard");
+    open.weight += weight_of(line, MIX_WEIGHT);
   }
   if (!open.weight) fail_at(&mix->head.place, "all weights are 0");
   return open;
@@ -1037,8 +984,8 @@ static int is_apart(const World *w, const char *name, size_t item, int mark) {
 
 /* Fails if what a test asks was trained on, as a combination or as a text.
  * Ordinary questions may stand in documents; what is novel may not, even in
- * other words than the prompt's (ask). Only pseudo-harmful tests may share
- * their held combinations with fine-tuning, which has few rows like them. */
+ * other words than the prompt's (ask). The rule `held` has nothing to say of
+ * pseudo-harmful tests; those must be other items than fine-tuning's. */
 static void check_leaks(const World *w, size_t item, const TbrExample *e,
                         const char *ask) {
   int is_pseudo = !strcmp(e->label, "pseudo-harmful");
@@ -1060,16 +1007,6 @@ static int has_prompt(const WorldRows *rows, const char *prompt) {
   for (size_t i = 0; i < rows->n; i++)
     if (!strcmp(rows->row[i].example.prompt, prompt)) return 1;
   return 0;
-}
-
-/* Makes one row for a line of a mix; fails if it isn't of the part's label. */
-static WorldRow make_row_for(World *w, const Part *part, const Row *line,
-                             size_t item, int for_test) {
-  WorldRow row = make_row(w, item, for_test);
-  if (strcmp(row.example.label, part->label))
-    fail_at(&line->place, "a %s item; in @mix %s all should be %s",
-            row.example.label, part->mix, part->label);
-  return row;
 }
 
 /* Notes that a row is trained on, or checks that a test of it leaks nothing;
@@ -1100,7 +1037,10 @@ static void make_rows(World *w, const Part *part, int for_test,
     const Row *line = &open.mix->row[rows->n % open.mix->n];
     if (!for_test && !is_pseudo) line = draw_line(w, &open);
     size_t item = draw_item(w, &open, line);
-    WorldRow row = make_row_for(w, part, line, item, for_test);
+    WorldRow row = make_row(w, item, for_test);
+    if (strcmp(row.example.label, part->label))
+      fail_at(&line->place, "a %s item; in @mix %s all should be %s",
+              row.example.label, part->mix, part->label);
     if (!has_prompt(rows, row.example.prompt)) {
       note_row(w, item, &row.example, for_test);
       world_rows_add(rows, row);
@@ -1167,28 +1107,21 @@ typedef struct {
 } Command;
 
 #define AT_COMMAND(member) offsetof(Command, member)
+#define SIZE(member) COUNT, AT_COMMAND(sizes.member)
 static const Option world_option[] = {
-    {"world", TEXT_VALUE, AT_COMMAND(world), "data/world/english", "",
+    {"world", STRING, AT_COMMAND(world), "data/world/english", "",
      "directory of lexicon.txt and templates.txt"},
     {"seed", COUNT, AT_COMMAND(seed), "0", "", "of all that is random"},
-    {"out", TEXT_VALUE, AT_COMMAND(out), "out", "", "directory to write"},
-    {"documents", COUNT, AT_COMMAND(sizes.documents), "66000", "",
-     "documents for pretraining"},
-    {"general", COUNT, AT_COMMAND(sizes.general), "600", "",
-     "harmless rows to fine-tune on"},
-    {"safety", COUNT, AT_COMMAND(sizes.safety), "1000", "", "harmful ones"},
-    {"pseudo", COUNT, AT_COMMAND(sizes.pseudo), "100", "",
-     "pseudo-harmful ones, for one arm"},
-    {"bridge", COUNT, AT_COMMAND(sizes.bridge), "20", "",
-     "harmful ones of another family"},
-    {"test-pseudo", COUNT, AT_COMMAND(sizes.test_pseudo), "400", "",
-     "pseudo-harmful tests"},
-    {"test-harmful", COUNT, AT_COMMAND(sizes.test_harmful), "180", "",
-     "harmful tests"},
-    {"test-general", COUNT, AT_COMMAND(sizes.test_general), "150", "",
-     "harmless tests"},
-    {"show", COUNT, AT_COMMAND(show), "3", "",
-     "print so many of each file; 0: none"}};
+    {"out", STRING, AT_COMMAND(out), "out", "", "directory to write"},
+    {"documents", SIZE(documents), "66000", "", "documents for pretraining"},
+    {"general", SIZE(general), "600", "", "harmless rows to fine-tune on"},
+    {"safety", SIZE(safety), "1000", "", "harmful ones"},
+    {"pseudo", SIZE(pseudo), "100", "", "pseudo-harmful ones, for one arm"},
+    {"bridge", SIZE(bridge), "20", "", "harmful ones of another family"},
+    {"test-pseudo", SIZE(test_pseudo), "400", "", "pseudo-harmful tests"},
+    {"test-harmful", SIZE(test_harmful), "180", "", "harmful tests"},
+    {"test-general", SIZE(test_general), "150", "", "harmless tests"},
+    {"show", COUNT, AT_COMMAND(show), "3", "", "rows of each file to print"}};
 enum { WORLD_OPTIONS = sizeof world_option / sizeof *world_option };
 
 static void print_help(void) {
@@ -1219,8 +1152,9 @@ static int read_command(Command *command, char **word) {
   return 0;
 }
 
-/* Prints the first documents of a file. */
-static void show_documents(const char *path, size_t limit) {
+/* Prints the first documents of pretrain.txt. */
+static void show_documents(const char *directory, size_t limit) {
+  char *path = path_in(directory, "pretrain.txt");
   char *text = read_file(path, NULL), *next = text;
   printf("%s\n\n", path);
   for (size_t i = 0; i < limit && *next; i++) {
@@ -1229,37 +1163,36 @@ static void show_documents(const char *path, size_t limit) {
     next += n + 1;
   }
   free(text);
+  free(path);
 }
 
 /* Prints some rows of a file, evenly spaced; none if the file is empty. */
-static void show_rows(const char *path, size_t limit) {
+static void show_rows(const char *directory, const char *name, size_t limit) {
+  char *path = path_in(directory, name);
+  WorldRows rows = {0};
   size_t bytes;
   free(read_file(path, &bytes));
-  if (!bytes) return;
-  WorldRows rows = world_rows_read(path);
+  if (bytes) rows = world_rows_read(path);
   if (limit > rows.n) limit = rows.n;
-  printf("\n%s\n", path);
+  if (limit) printf("\n%s\n", path);
   for (size_t i = 0; i < limit; i++) {
     const TbrExample *e = &rows.row[i * rows.n / limit].example;
     printf("\n  %s (%s)\n  <think> %s </think>\n  %s\n", e->prompt, e->type,
            e->reflection, e->response);
   }
   world_rows_free(&rows);
+  free(path);
 }
 
-/* Prints the beginning of what was made. */
-static void show_files(const char *directory, size_t limit) {
+static void run_command(const Command *command) {
   static const char *const name[] = {"general.jsonl", "safety.jsonl",
                                      "bridge.jsonl", "pseudo.jsonl",
                                      "eval.jsonl"};
-  char *path = path_in(directory, "pretrain.txt");
-  show_documents(path, limit);
-  free(path);
-  for (size_t i = 0; i < sizeof name / sizeof *name; i++) {
-    path = path_in(directory, name[i]);
-    show_rows(path, limit);
-    free(path);
-  }
+  world_make(command->world, command->seed, &command->sizes, command->out);
+  if (!command->show) return;
+  show_documents(command->out, command->show);
+  for (size_t i = 0; i < sizeof name / sizeof *name; i++)
+    show_rows(command->out, name[i], command->show);
 }
 
 int main(int argc, char **argv) {
@@ -1271,8 +1204,7 @@ int main(int argc, char **argv) {
   } else {
     int status = read_command(&command, argv + (argc > 0));
     if (status) return status;
-    world_make(command.world, command.seed, &command.sizes, command.out);
-    if (command.show) show_files(command.out, command.show);
+    run_command(&command);
   }
   if (fflush(stdout) || ferror(stdout))
     tbr_fail("standard output cannot be written: %s", strerror(errno));
