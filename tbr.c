@@ -403,6 +403,19 @@ enum { BOS, EOS, USER, ASSISTANT, THINK, END_THINK, MARKS };
 static const char *const mark_name[MARKS] = {
     "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
 
+/* From numbers but 0 to numbers. Starts as {0}; to free it, free its slot. */
+typedef struct {
+  uint64_t key, value; /* key 0: free */
+} MapSlot;
+typedef struct {
+  MapSlot *slot;
+  size_t n, slots; /* slots: a power of two, at least twice n */
+} Map;
+
+/* The value of a key, 0 if there is none; where it is, a new one's being 0. */
+static uint64_t map_get(const Map *map, uint64_t key);
+static uint64_t *map_put(Map *map, uint64_t key);
+
 /* ---- files of examples (chapter 9) */
 
 /* Adds an example, whose strings go over to the list; frees its strings. */
@@ -3457,28 +3470,16 @@ static void bin_weights(TbrModel *model, const char *file) {
  * Chapter 10: tokenizers
  *
  * Byte-pair encoding (Sennrich et al., 2016): of the symbols of a text, the
- * neighbouring pair of the best rank is merged until none can be. There are
- * two kinds. Byte-level, as in GPT-2: the text is first cut into words, and
- * symbols are bytes. In pieces, as SentencePiece has them in Llama 2: the text
- * is one word behind a blank, symbols are characters, and bytes stand in for
- * unknown ones. Files: Hugging Face's tokenizer.json for both, llama2.c's
- * tokenizer.bin for pieces. Every byte survives. Left out: other rules of
+ * neighbouring pair of the best rank is merged until none can be. Byte-level,
+ * as in GPT-2, text is first cut into words, and symbols are bytes. In pieces,
+ * as in Llama 2 (SentencePiece), it is one word behind a blank, symbols are
+ * characters, and bytes stand in for unknown ones. Left out: other rules of
  * cutting and normalizing; Unicode classes (what isn't ASCII is a letter).
  * ====================================================================== */
 
 /* ---- maps -------------------------------------------------------------- */
 
-/* From numbers but 0 to numbers, by open addressing. Starts as {0}; to free
- * it, free its slots. */
-typedef struct {
-  uint64_t key, value; /* key 0: free */
-} MapSlot;
-typedef struct {
-  MapSlot *slot;
-  size_t n, slots; /* slots: a power of two, at least twice n */
-} Map;
-
-/* The slot of a key, or the free one where it would be. */
+/* The slot of a key, or the free one where it would be (open addressing). */
 static MapSlot *map_slot(const Map *map, uint64_t key) {
   size_t at = (size_t)(key * 0x9e3779b97f4a7c15ULL >> 20);
   for (;; at++) {
@@ -3487,13 +3488,11 @@ static MapSlot *map_slot(const Map *map, uint64_t key) {
   }
 }
 
-/* The value of a key, 0 if there is none. */
 static uint64_t map_get(const Map *map, uint64_t key) {
   if (!map->n) return 0;
   return map_slot(map, key)->value;
 }
 
-/* Where the value of a key is; a new one's is 0. */
 static uint64_t *map_put(Map *map, uint64_t key) {
   if (map->n * 2 >= map->slots) {
     Map old = *map;
@@ -3509,13 +3508,7 @@ static uint64_t *map_put(Map *map, uint64_t key) {
   return &slot->value;
 }
 
-/* Forgets all keys, but keeps the memory. */
-static void map_clear(Map *map) {
-  if (map->slot) memset(map->slot, 0, map->slots * sizeof *map->slot);
-  map->n = 0;
-}
-
-/* ---- tokens ------------------------------------------------------------ */
+/* ---- tokens and merges ------------------------------------------------- */
 
 /* The token of a text; the byte that stands in for a part of a character; a
  * special token, which is thus never found in a text. */
@@ -3524,62 +3517,52 @@ typedef enum { TEXT, BYTE, SPECIAL } TokenKind;
 typedef struct {
   Buf bytes;
   TokenKind kind;
-  size_t rank; /* of a merge that makes it: the earlier the higher; 0: none */
+  size_t rank;  /* of a merge that makes it: the earlier the higher; 0: none */
+  int32_t next; /* another token whose bytes have the same hash, or -1 */
 } Token;
 
 struct TbrTokenizer {
   int pieces; /* SentencePiece's kind, not byte-level */
   Token *token;
   size_t n, cap, merge_cap;
-  Map ids;         /* from token_key to the token + 1 */
+  Map ids;         /* from the hash of bytes to the last token + 1 */
   uint64_t *merge; /* pairs, in the order of the file; pairs.n of them */
   Map pairs;       /* from pair_of to rank << 32 | token: the highest first */
 };
 
-/* The key of a token in the map: the hash of its bytes, or the next that is
- * its own. A text and a special token can't have the same bytes; a byte can
- * have those of either. */
-static uint64_t token_key(const TbrTokenizer *tok, TokenKind kind,
+/* The token of that kind and bytes, or -1. */
+static int32_t token_find(const TbrTokenizer *tok, TokenKind kind,
                           const char *bytes, size_t n) {
-  unsigned is_byte = kind == BYTE;
-  uint64_t key = hash_bytes(HASH_START + is_byte, bytes, n) | 1;
-  for (;; key += 2) {
-    size_t found = (size_t)map_get(&tok->ids, key);
-    if (!found) return key;
-    const Token *token = &tok->token[found - 1];
-    int same = token->bytes.n == n && !memcmp(token->bytes.s, bytes, n);
-    if (same && (token->kind == BYTE) == is_byte) return key;
+  uint64_t key = hash_bytes(HASH_START, bytes, n) | 1;
+  int32_t id = (int32_t)map_get(&tok->ids, key) - 1;
+  for (; id >= 0; id = tok->token[id].next) {
+    const Token *token = &tok->token[id];
+    if (token->kind != kind || token->bytes.n != n) continue;
+    if (!memcmp(token->bytes.s, bytes, n)) break;
   }
+  return id;
 }
 
-/* The token of that kind and bytes, or SIZE_MAX. */
-static size_t token_find(const TbrTokenizer *tok, TokenKind kind,
-                         const char *bytes, size_t n) {
-  size_t found = (size_t)map_get(&tok->ids, token_key(tok, kind, bytes, n));
-  if (!found || tok->token[found - 1].kind != kind) return SIZE_MAX;
-  return found - 1;
-}
-
-/* The token that stands for a byte alone, or SIZE_MAX. */
-static size_t byte_find(const TbrTokenizer *tok, char byte) {
-  return token_find(tok, tok->pieces ? BYTE : TEXT, &byte, 1);
-}
-
-/* Appends a token, which must be new; path is for the message. */
-static size_t token_add(TbrTokenizer *tok, TokenKind kind, const char *bytes,
-                        size_t n, const char *path) {
+/* Appends a token, which must be new; path is for the message. A text and a
+ * special token can't have the same bytes. */
+static int32_t token_add(TbrTokenizer *tok, TokenKind kind, const char *bytes,
+                         size_t n, const char *path) {
   Token token = {.kind = kind};
   buf_add(&token.bytes, bytes, n);
-  uint64_t *found = map_put(&tok->ids, token_key(tok, kind, bytes, n));
-  if (!n || *found || tok->n >= INT32_MAX - 1)
+  int twice = token_find(tok, kind, bytes, n) >= 0;
+  if (kind == TEXT) twice |= token_find(tok, SPECIAL, bytes, n) >= 0;
+  if (kind == SPECIAL) twice |= token_find(tok, TEXT, bytes, n) >= 0;
+  if (!n || twice || tok->n >= INT32_MAX - 1)
     tbr_fail("%s: token %zu, \"%.300s\", is there twice, or one too many, or "
              "should be one or more characters of %s",
              path, tok->n, token.bytes.s,
              tok->pieces ? "UTF-8" : "GPT-2's byte alphabet");
+  uint64_t *last = map_put(&tok->ids, hash_bytes(HASH_START, bytes, n) | 1);
+  token.next = (int32_t)*last - 1;
   tok->token = mem_grow(tok->token, &tok->cap, tok->n + 1, sizeof token);
   tok->token[tok->n++] = token;
-  *found = tok->n;
-  return tok->n - 1;
+  *last = tok->n;
+  return (int32_t)(tok->n - 1);
 }
 
 void tbr_tokenizer_free(TbrTokenizer *tok) {
@@ -3605,76 +3588,62 @@ const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n) {
 }
 
 int32_t tbr_special(const TbrTokenizer *tok, const char *name) {
-  size_t id = token_find(tok, SPECIAL, name, strlen(name));
-  if (id != SIZE_MAX) return (int32_t)id;
-  if (!strcmp(name, mark_name[BOS])) return tbr_special(tok, "<s>");
-  if (!strcmp(name, mark_name[EOS])) return tbr_special(tok, "</s>");
-  return -1;
-}
-
-/* Adds a special token if it lacks. */
-static void tokenizer_add_special(TbrTokenizer *tok, const char *name) {
-  if (tbr_special(tok, name) < 0)
-    token_add(tok, SPECIAL, name, strlen(name), "a tokenizer");
+  int32_t id = token_find(tok, SPECIAL, name, strlen(name));
+  if (id < 0 && !strcmp(name, mark_name[BOS])) return tbr_special(tok, "<s>");
+  if (id < 0 && !strcmp(name, mark_name[EOS])) return tbr_special(tok, "</s>");
+  return id;
 }
 
 void tbr_tokenizer_add_marks(TbrTokenizer *tok) {
   for (size_t i = 0; i < MARKS; i++)
-    tokenizer_add_special(tok, mark_name[i]);
+    if (tbr_special(tok, mark_name[i]) < 0)
+      token_add(tok, SPECIAL, mark_name[i], strlen(mark_name[i]),
+                "a tokenizer");
 }
 
-/* ---- merges ------------------------------------------------------------ */
-
-/* A pair of tokens as one number, which is never 0. */
-static uint64_t pair_of(int32_t left, int32_t right) {
-  return ((uint64_t)left + 1) << 32 | ((uint64_t)right + 1);
+/* A pair of tokens as one number, which is never 0; and its two tokens. */
+static uint64_t pair_of(int64_t left, int64_t right) {
+  return (uint64_t)left << 32 | (uint64_t)(right + 1);
 }
-static size_t pair_left(uint64_t pair) { return (size_t)(pair >> 32) - 1; }
-static size_t pair_right(uint64_t pair) { return (pair & UINT32_MAX) - 1; }
+static int32_t pair_left(uint64_t pair) { return (int32_t)(pair >> 32); }
+static int32_t pair_right(uint64_t pair) { return (int32_t)(uint32_t)pair - 1; }
 
-/* What pairs has on two tokens, 0 if they don't merge. -1 is no token. */
-static uint64_t merge_of(const TbrTokenizer *tok, int32_t left, int32_t right) {
-  if (right < 0) return 0;
-  return map_get(&tok->pairs, pair_of(left, right));
-}
-
-/* Appends the merge of two tokens, whose bytes are the first `cut` and the
- * rest, to that of them all; returns 0 if one of the three is no token. Of a
- * merge that comes twice the first counts. All merges that make the same piece
- * share a rank, so that the leftmost goes first, as in SentencePiece. */
-static int merge_add(TbrTokenizer *tok, const char *bytes, size_t n,
-                     size_t cut) {
-  size_t left = token_find(tok, TEXT, bytes, cut);
-  size_t right = token_find(tok, TEXT, bytes + cut, n - cut);
-  size_t id = token_find(tok, TEXT, bytes, n);
-  if (left == SIZE_MAX || right == SIZE_MAX || id == SIZE_MAX) return 0;
-  uint64_t pair = pair_of((int32_t)left, (int32_t)right);
+/* Appends the merge of two tokens, the first `cut` bytes and the rest, unless
+ * it is there; returns 0 if those or the whole are no token. In pieces, merges
+ * that make the same token share a rank, so that the leftmost goes first. */
+static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut) {
+  int32_t left = token_find(tok, TEXT, bytes->s, cut);
+  int32_t right = token_find(tok, TEXT, bytes->s + cut, bytes->n - cut);
+  int32_t id = token_find(tok, TEXT, bytes->s, bytes->n);
+  if (left < 0 || right < 0 || id < 0) return 0;
+  uint64_t pair = pair_of(left, right);
   uint64_t *merge = map_put(&tok->pairs, pair);
   if (*merge) return 1;
-  size_t merges = tok->pairs.n;
   Token *whole = &tok->token[id];
+  size_t merges = tok->pairs.n;
   if (!tok->pieces || !whole->rank) whole->rank = UINT32_MAX - merges;
-  *merge = (uint64_t)whole->rank << 32 | id;
+  *merge = (uint64_t)whole->rank << 32 | (uint32_t)id;
   tok->merge = mem_grow(tok->merge, &tok->merge_cap, merges, sizeof pair);
   tok->merge[merges - 1] = pair;
   return 1;
 }
 
-/* ---- cutting a text into words ----------------------------------------- */
+/* ---- encoding and decoding --------------------------------------------- */
 
 /* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
 static char byte_class(char byte) {
-  unsigned c = (unsigned char)byte;
+  unsigned c = (unsigned char)byte, lower = c | 32;
   if (c == ' ' || (c >= '\t' && c <= '\r')) return ' ';
   if (c >= '0' && c <= '9') return '0';
-  unsigned lower = c | 32;
   if (c >= 0x80 || (lower >= 'a' && lower <= 'z')) return 'a';
   return '.';
 }
 
-/* tbr's own rule: letters, one digit, or other signs, with one blank before
- * them; or blanks, less the one that goes with the next word. */
-static size_t ascii_word(const char *s, size_t n) {
+/* The bytes of a text's first word; no merge crosses the end of one. In pieces
+ * all is one. Else tbr's own rule: letters, one digit, or other signs, with one
+ * blank before them; or blanks, less the one that goes with the next word. */
+static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
+  if (tok->pieces) return n;
   size_t start = s[0] == ' ' && n > 1 && byte_class(s[1]) != ' ';
   char class = byte_class(s[start]);
   size_t end = start + 1;
@@ -3685,74 +3654,51 @@ static size_t ascii_word(const char *s, size_t n) {
   return end;
 }
 
-/* The bytes of the first word of a text. No merge crosses the end of one. */
-static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
-  return tok->pieces ? n : ascii_word(s, n);
-}
-
-/* ---- encoding and decoding --------------------------------------------- */
-
-/* The bytes of the first symbol: one; in pieces those of a character. */
-static size_t symbol_length(const TbrTokenizer *tok, const char *s, size_t n) {
-  uint32_t code;
-  if (!tok->pieces) return 1;
-  size_t length = utf8_decode(s, n, &code);
-  return length + !length; /* what isn't UTF-8 goes byte by byte */
-}
-
-/* The symbols of a word before any merge, those that are no token byte by
- * byte. Returns how many. */
+/* The symbols of a word before any merge: its bytes; in pieces its characters,
+ * those that are no token byte by byte. Returns how many. */
 static size_t symbols_of(const TbrTokenizer *tok, const char *s, size_t n,
                          int32_t *to) {
   size_t count = 0;
   for (size_t at = 0, length; at < n; at += length) {
-    length = symbol_length(tok, s + at, n - at);
-    size_t id = token_find(tok, TEXT, s + at, length);
-    if (id != SIZE_MAX) {
-      to[count++] = (int32_t)id;
-      continue;
-    }
-    for (size_t i = 0; i < length; i++)
-      to[count++] = (int32_t)byte_find(tok, s[at + i]);
+    uint32_t code;
+    length = tok->pieces ? utf8_decode(s + at, n - at, &code) : 1;
+    if (!length) length = 1; /* what isn't UTF-8 */
+    int32_t id = token_find(tok, TEXT, s + at, length);
+    if (id < 0) length = 1;
+    if (id < 0) id = token_find(tok, BYTE, s + at, length);
+    to[count++] = id;
   }
   return count;
 }
 
-/* One pass of merge_all, from left to right, over all pairs of the best merge.
- * If that makes a pair of a better one, the rest stays for a later pass, since
- * the better goes first. Returns how many of the n symbols are left. */
-static size_t merge_best(const TbrTokenizer *tok, int32_t *id, uint64_t *merge,
-                         size_t n, uint64_t best) {
-  size_t to = 0;
-  for (size_t from = 0; from < n; from++, to++) {
-    id[to] = id[from];
-    merge[to] = merge[from];
-    if (merge[to] != best) continue;
-    from++;
-    id[to] = (int32_t)(best & INT32_MAX);
-    merge[to] = merge_of(tok, id[to], id[from + 1]);
-    if (merge[to] > best) best = UINT64_MAX; /* which none has */
-    if (to == 0) continue;
-    merge[to - 1] = merge_of(tok, id[to - 1], id[to]);
-    if (merge[to - 1] > best) best = UINT64_MAX;
-  }
-  id[to] = -1;
-  return to;
-}
-
 /* Merges n symbols as far as it goes; returns how many are left. There is room
  * for one more, which is none; merge holds the merge of each with the next. */
-static size_t merge_all(const TbrTokenizer *tok, int32_t *id, uint64_t *merge,
+static size_t merge_all(const Map *pairs, int32_t *id, uint64_t *merge,
                         size_t n) {
   id[n] = -1;
   for (size_t i = 0; i < n; i++)
-    merge[i] = merge_of(tok, id[i], id[i + 1]);
+    merge[i] = map_get(pairs, pair_of(id[i], id[i + 1]));
   for (;;) {
     uint64_t best = 0;
     for (size_t i = 0; i < n; i++)
       if (merge[i] > best) best = merge[i];
     if (!best) return n;
-    n = merge_best(tok, id, merge, n, best);
+    /* the best pairs from the left, until one makes a pair of a better merge */
+    size_t to = 0;
+    for (size_t from = 0; from < n; from++, to++) {
+      id[to] = id[from];
+      merge[to] = merge[from];
+      if (merge[to] != best) continue;
+      from++;
+      id[to] = (int32_t)(best & INT32_MAX);
+      merge[to] = map_get(pairs, pair_of(id[to], id[from + 1]));
+      if (merge[to] > best) best = UINT64_MAX; /* which none has */
+      if (to == 0) continue;
+      merge[to - 1] = map_get(pairs, pair_of(id[to - 1], id[to]));
+      if (merge[to - 1] > best) best = UINT64_MAX;
+    }
+    n = to;
+    id[n] = -1;
   }
 }
 
@@ -3768,7 +3714,7 @@ size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
     size_t symbols = 0;
     if (tok->pieces) symbols = symbols_of(tok, " ", 1, word);
     symbols += symbols_of(tok, text + at, length, word + symbols);
-    count += merge_all(tok, word, merge, symbols);
+    count += merge_all(&tok->pairs, word, merge, symbols);
   }
   free(merge);
   return count;
@@ -3782,13 +3728,10 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
   for (size_t i = 0; i < count; i++) {
     if (ids[i] < 0 || (size_t)ids[i] >= tok->n) continue;
     const Token *token = &tok->token[ids[i]];
-    if (token->kind == SPECIAL) {
-      fresh = tok->pieces;
-      continue;
-    }
+    int special = token->kind == SPECIAL;
     size_t skip = fresh && token->bytes.s[0] == ' ';
-    buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
-    fresh = 0;
+    if (!special) buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
+    fresh = special && tok->pieces;
   }
   if (n) *n = text.n;
   return text.s;
@@ -3797,55 +3740,44 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
 /* ---- training ---------------------------------------------------------- */
 
 /* The symbols of a text's different words, one after another; before each word
- * stands minus how often it comes. */
-typedef struct {
-  int64_t *symbol;
-  size_t n;
-} Corpus;
-
-/* The corpus of a text, in which byte b is token MARKS + b. Words are counted
- * as the tokens of a tokenizer of their own. */
-static Corpus corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
+ * stands minus how often it comes, and 0 ends them all. Byte b is token
+ * MARKS + b. While words are gathered, a word's rank is how often it comes. */
+static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
-  size_t *times = NULL, cap = 0;
-  Corpus corpus = {0};
+  size_t room = 1;
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(tok, text + at, n - at);
-    size_t word = token_find(words, TEXT, text + at, length);
-    if (word == SIZE_MAX) {
+    int32_t word = token_find(words, TEXT, text + at, length);
+    if (word < 0) {
       word = token_add(words, TEXT, text + at, length, "a text's words");
-      times = mem_grow(times, &cap, words->n, sizeof *times);
-      times[word] = 0;
-      corpus.n += length + 1;
+      room += length + 1;
     }
-    times[word]++;
+    words->token[word].rank++;
   }
-  corpus.symbol = mem_raw(corpus.n, sizeof *corpus.symbol);
-  int64_t *to = corpus.symbol;
-  for (size_t word = 0; word < words->n; word++) {
-    const Buf *bytes = &words->token[word].bytes;
-    *to++ = -(int64_t)times[word];
-    for (size_t i = 0; i < bytes->n; i++)
-      *to++ = MARKS + (unsigned char)bytes->s[i];
+  int64_t *corpus = mem_raw(room, sizeof *corpus);
+  int64_t *to = corpus;
+  for (size_t i = 0; i < words->n; i++) {
+    const Token *word = &words->token[i];
+    *to++ = -(int64_t)word->rank;
+    for (size_t j = 0; j < word->bytes.n; j++)
+      *to++ = MARKS + (unsigned char)word->bytes.s[j];
   }
-  free(times);
+  *to = 0;
   tbr_tokenizer_free(words);
   return corpus;
 }
 
 /* The most frequent pair, of equal ones the lowest; 0 if none comes twice.
  * times gets how often each comes; what it held before is dropped. */
-static uint64_t corpus_best(const Corpus *corpus, Map *times) {
+static uint64_t corpus_best(const int64_t *corpus, Map *times) {
+  if (times->n) memset(times->slot, 0, times->slots * sizeof *times->slot);
+  times->n = 0;
   int64_t of_word = 0;
-  map_clear(times);
-  for (size_t i = 0; i + 1 < corpus->n; i++) {
-    int64_t left = corpus->symbol[i];
-    int64_t right = corpus->symbol[i + 1];
-    if (left < 0)
-      of_word = -left;
-    else if (right >= 0)
-      *map_put(times, pair_of((int32_t)left, (int32_t)right)) +=
-          (uint64_t)of_word;
+  for (const int64_t *at = corpus; *at; at++) {
+    if (at[0] < 0)
+      of_word = -at[0];
+    else if (at[1] > 0)
+      *map_put(times, pair_of(at[0], at[1])) += (uint64_t)of_word;
   }
   MapSlot best = {.value = 1};
   for (size_t i = 0; i < times->slots; i++) {
@@ -3856,65 +3788,50 @@ static uint64_t corpus_best(const Corpus *corpus, Map *times) {
   return best.key;
 }
 
-/* Makes the pair one symbol in all words. */
-static void corpus_merge(Corpus *corpus, uint64_t pair, size_t id) {
-  int64_t *symbol = corpus->symbol;
-  int64_t left = (int64_t)pair_left(pair);
-  int64_t right = (int64_t)pair_right(pair);
-  size_t to = 0;
-  for (size_t from = 0; from < corpus->n; from++, to++) {
-    symbol[to] = symbol[from];
-    if (symbol[to] != left || from + 1 == corpus->n) continue;
-    if (symbol[from + 1] != right) continue;
-    symbol[to] = (int64_t)id;
-    from++;
-  }
-  corpus->n = to;
-}
-
-/* Adds the merge of a pair, and the token that it makes if that lacks; returns
- * the token. */
-static size_t pair_learn(TbrTokenizer *tok, uint64_t pair) {
-  const Buf *left = &tok->token[pair_left(pair)].bytes;
-  const Buf *right = &tok->token[pair_right(pair)].bytes;
-  size_t cut = left->n;
-  Buf both = {0};
-  buf_add(&both, left->s, left->n);
-  buf_add(&both, right->s, right->n);
-  size_t id = token_find(tok, TEXT, both.s, both.n);
-  if (id == SIZE_MAX) id = token_add(tok, TEXT, both.s, both.n, "a tokenizer");
-  merge_add(tok, both.s, both.n, cut);
-  buf_free(&both);
-  return id;
-}
-
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
-  enum { LEAST = MARKS + 256 };
-  if (vocab < LEAST || vocab > INT32_MAX - 1 || !n)
+  if (vocab < MARKS + 256 || vocab > INT32_MAX - 1 || !n)
     tbr_fail("a tokenizer of %zu tokens from %zu bytes of text; at least %d "
              "(%d marks and each byte) and some text are needed",
-             vocab, n, LEAST, MARKS);
+             vocab, n, MARKS + 256, MARKS);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   tbr_tokenizer_add_marks(tok);
   for (int i = 0; i < 256; i++)
     token_add(tok, TEXT, &(char){(char)i}, 1, "a tokenizer");
-  Corpus corpus = corpus_of(tok, text, n);
+  int64_t *corpus = corpus_of(tok, text, n);
   Map times = {0};
   while (tok->n < vocab) {
-    uint64_t pair = corpus_best(&corpus, &times);
+    uint64_t pair = corpus_best(corpus, &times);
     if (!pair) break;
-    corpus_merge(&corpus, pair, pair_learn(tok, pair));
+    /* its token, which may be there, and its merge */
+    int32_t left = pair_left(pair);
+    int32_t right = pair_right(pair);
+    Buf both = {0};
+    buf_add(&both, tok->token[left].bytes.s, tok->token[left].bytes.n);
+    size_t cut = both.n;
+    buf_add(&both, tok->token[right].bytes.s, tok->token[right].bytes.n);
+    int32_t id = token_find(tok, TEXT, both.s, both.n);
+    if (id < 0) id = token_add(tok, TEXT, both.s, both.n, "a tokenizer");
+    merge_add(tok, &both, cut);
+    buf_free(&both);
+    /* one symbol for it in all words */
+    int64_t *to = corpus;
+    for (const int64_t *from = corpus; *from; from++, to++) {
+      *to = *from;
+      if (from[0] != left || from[1] != right) continue;
+      *to = id;
+      from++;
+    }
+    *to = 0;
   }
-  free(corpus.symbol);
+  free(corpus);
   free(times.slot);
   return tok;
 }
 
 /* ---- what tokenizer.json says ------------------------------------------ */
 
-/* How text is treated, byte-level or in pieces, as JSON with ' for ". It is
- * written so, and what is read must hold the same. The regular expression is
- * the rule of ascii_word, so that no version of Unicode matters. */
+/* How text is treated, byte-level or in pieces, as JSON with ' for "; written
+ * so and demanded so. The regex is word_length's, whatever Unicode has. */
 #define MODEL_FORM                                                          \
   "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'" \
   "end_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
@@ -3923,10 +3840,10 @@ static const char *const json_form[2] = {
     "type':'Split','behavior':'Isolated','invert':false,'pattern':{'Regex':'"
     " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"
     "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"
-    "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+'}},"
-    "{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'use_"
-    "regex':false}]},'decoder':{'type':'ByteLevel','add_prefix_space':false,'"
-    "trim_offsets':false,'use_regex':false}," MODEL_FORM "false",
+    "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+'}},{'type':'ByteLevel"
+    "','add_prefix_space':false,'trim_offsets':false,'use_regex':false}]},'deco"
+    "der':{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'us"
+    "e_regex':false}," MODEL_FORM "false",
     "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
     ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
     "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
@@ -3951,32 +3868,30 @@ static uint32_t byte_letter(unsigned byte) {
   return byte;
 }
 
-/* What a blank is in pieces. */
-enum { PIECE_BLANK = 0x2581 };
+enum { PIECE_BLANK = 0x2581 }; /* what a blank is in pieces */
 
-/* Adds the bytes that a name stands for; returns whether it is a name. */
-static int add_bytes(Buf *bytes, int pieces, const char *name, size_t n) {
+/* Adds the bytes that a name stands for; if it is none, empties the buffer. */
+static void add_bytes(Buf *bytes, int pieces, const char *name, size_t n) {
   for (size_t at = 0, length; at < n; at += length) {
-    uint32_t code;
+    uint32_t code = 0;
+    unsigned byte = 0;
     length = utf8_decode(name + at, n - at, &code);
-    if (!length) return 0;
-    if (pieces && code == PIECE_BLANK) {
-      buf_char(bytes, ' ');
-    } else if (pieces) {
-      buf_add(bytes, name + at, length);
-    } else {
-      unsigned byte = 0;
-      while (byte < 256 && byte_letter(byte) != code)
-        byte++;
-      if (byte == 256) return 0;
-      buf_char(bytes, (int)byte);
+    while (!pieces && byte < 256 && byte_letter(byte) != code)
+      byte++;
+    if (!length || byte == 256) {
+      buf_clear(bytes);
+      return;
     }
+    if (code == PIECE_BLANK) code = ' ';
+    if (pieces)
+      buf_utf8(bytes, code);
+    else
+      buf_char(bytes, (int)byte);
   }
-  return 1;
 }
 
 /* Adds the name of a token, from which token_named makes it again. */
-static void add_name(Buf *name, const TbrTokenizer *tok, size_t id) {
+static void add_name(Buf *name, const TbrTokenizer *tok, int32_t id) {
   const Token *token = &tok->token[id];
   for (size_t i = 0; i < token->bytes.n; i++) {
     unsigned char byte = (unsigned char)token->bytes.s[i];
@@ -3991,32 +3906,26 @@ static void add_name(Buf *name, const TbrTokenizer *tok, size_t id) {
   }
 }
 
-/* Makes <0x00> and so on the byte that it names; returns whether it is one. */
-static int take_byte(Buf *name) {
-  char own[8];
-  if (name->n != 6) return 0;
-  unsigned byte = strtoul(name->s + 3, NULL, 16) & 255u;
-  snprintf(own, sizeof own, "<0x%02X>", byte);
-  if (strcmp(own, name->s)) return 0;
-  buf_clear(name);
-  buf_char(name, (int)byte);
-  return 1;
-}
+/* ---- reading a tokenizer ----------------------------------------------- */
 
-/* Adds the token of a name in a file; fails if it is none. */
-static void token_named(TbrTokenizer *tok, TokenKind kind, const char *name,
-                        size_t n, const char *path) {
+/* Adds the token of a name in a file; in pieces, <0x00> and so on are bytes. */
+static void token_named(TbrTokenizer *tok, const char *name, size_t n,
+                        const char *path) {
   Buf bytes = {0};
-  if (kind == SPECIAL)
-    buf_add(&bytes, name, n);
-  else if (!add_bytes(&bytes, tok->pieces, name, n))
-    buf_clear(&bytes);
-  if (tok->pieces && kind == TEXT && take_byte(&bytes)) kind = BYTE;
+  TokenKind kind = TEXT;
+  char byte_name[8];
+  unsigned byte = 0;
+  if (n == 6) byte = strtoul(name + 3, NULL, 16) & 255u;
+  snprintf(byte_name, sizeof byte_name, "<0x%02X>", byte);
+  if (tok->pieces && n == 6 && !memcmp(name, byte_name, n)) {
+    kind = BYTE;
+    buf_char(&bytes, (int)byte);
+  } else {
+    add_bytes(&bytes, tok->pieces, name, n);
+  }
   token_add(tok, kind, bytes.s, bytes.n, path);
   buf_free(&bytes);
 }
-
-/* ---- reading a tokenizer ----------------------------------------------- */
 
 /* The first value of a list that is a member, or NULL. */
 static const Json *json_first(const Json *in, const char *key) {
@@ -4036,20 +3945,19 @@ static void json_tokens(TbrTokenizer *tok, const Json *root) {
     int is_special = special && json_number(special, "id", -1) == id;
     const Json *at = text;
     const char *name = NULL;
-    TokenKind kind = TEXT;
-    if (is_text) name = text->key;
     if (is_special || !text) at = special;
-    if (is_special) {
-      name = json_string(special, "content", NULL);
-      kind = SPECIAL;
-    }
+    if (is_text) name = text->key;
+    if (is_special) name = json_string(special, "content", NULL);
     int bad = !name || !*name || (is_text && strcmp(text->key, name));
     if (bad || (is_special && !json_true(special, "special")))
       tbr_fail("%s:%zu: ids should be whole numbers from 0 on in their order, "
                "and added tokens \"special\": true; near here %zu is not, is "
                "missing or is there twice",
                at->path, at->line, tok->n);
-    token_named(tok, kind, name, strlen(name), root->path);
+    if (is_special)
+      token_add(tok, SPECIAL, name, strlen(name), root->path);
+    else
+      token_named(tok, name, strlen(name), root->path);
     if (is_text) text = text->next;
     if (is_special) special = special->next;
   }
@@ -4058,22 +3966,22 @@ static void json_tokens(TbrTokenizer *tok, const Json *root) {
 /* Adds a merge, "a b" or ["a", "b"]. */
 static void json_merge(TbrTokenizer *tok, const Json *merge) {
   const Json *first = merge->child;
-  const char *left = "", *right;
-  size_t length;
-  if (first && first->next && first->string && first->next->string) {
+  const char *left = "", *right = "";
+  size_t length = 0;
+  if (merge->string) {
+    left = merge->string;
+    length = strcspn(left, " ");
+    right = left + length + (left[length] == ' ');
+  } else if (first && first->next && first->string && first->next->string) {
     left = first->string;
     length = strlen(left);
     right = first->next->string;
-  } else {
-    if (merge->string) left = merge->string;
-    length = strcspn(left, " ");
-    right = left + length + (left[length] == ' ');
   }
   Buf bytes = {0};
-  int good = add_bytes(&bytes, tok->pieces, left, length);
+  add_bytes(&bytes, tok->pieces, left, length);
   size_t cut = bytes.n;
-  good = good && add_bytes(&bytes, tok->pieces, right, strlen(right));
-  if (!good || !cut || !merge_add(tok, bytes.s, bytes.n, cut))
+  add_bytes(&bytes, tok->pieces, right, strlen(right));
+  if (!cut || bytes.n <= cut || !merge_add(tok, &bytes, cut))
     tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens "
              "that make a third; \"%.300s\" and \"%.300s\" are none",
              merge->path, merge->line, left, right);
@@ -4103,27 +4011,18 @@ static int by_number(const void *a, const void *b) {
   return (*x > *y) - (*x < *y);
 }
 
-/* The bits of a score as a number for by_number: the best score is the lowest.
- * Of negative ones the bits do that, since they go by the size. */
-static uint32_t best_lowest(uint32_t bits) {
-  if (bits >> 31) return bits;
-  return 0x7fffffffu - bits;
-}
-
-/* llama2.c's file: for each token a score, a length and bytes. Whatever two
- * tokens make a third can be merged, the best score first, and of equal ones
- * the lowest token, which a list of merges can say. */
+/* llama2.c's file: a number that says nothing new; for each token a score, a
+ * length and bytes. Whatever two tokens make a third can be merged, the best
+ * score first, of equal ones the lowest token, as a list of merges can say. */
 static TbrTokenizer *load_bin(const char *path) {
   static const char *const special[] = {"<unk>", "<s>", "</s>"};
   size_t size, cap = 0;
   char *file = read_file(path, &size);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
-  uint64_t *order = NULL; /* the score above the token, the best lowest */
+  uint64_t *order = NULL; /* place << 32 | token */
   tok->pieces = 1;
-  /* the tokens, behind a number that says nothing new */
   for (size_t at = 4, length; at < size; at += 8 + length) {
-    size_t id = tok->n;
-    size_t left = size - at;
+    size_t id = tok->n, left = size - at;
     uint64_t head = UINT64_MAX;
     if (left >= 8) head = little_endian(file + at, 8);
     uint32_t score = (uint32_t)head;
@@ -4133,19 +4032,21 @@ static TbrTokenizer *load_bin(const char *path) {
       tbr_fail("%s: token %zu at byte %zu should be a finite score, a length "
                "up to 256 and its bytes (truncated?)",
                path, id, at);
+    /* the best score is the lowest place, as the bits of negative ones are */
+    uint32_t place = score;
+    if (score >> 31 == 0) place = 0x7fffffffu - score;
     order = mem_grow(order, &cap, id + 1, sizeof *order);
-    order[id] = (uint64_t)best_lowest(score) << 32 | id;
+    order[id] = (uint64_t)place << 32 | id;
     if (id < 3)
       token_add(tok, SPECIAL, special[id], strlen(special[id]), path);
     else
-      token_named(tok, TEXT, file + at + 8, length, path);
+      token_named(tok, file + at + 8, length, path);
   }
-  /* every way to make one of two others */
   if (tok->n) qsort(order, tok->n, sizeof *order, by_number);
   for (size_t i = 0; i < tok->n; i++) {
     const Buf *whole = &tok->token[order[i] & UINT32_MAX].bytes;
     for (size_t cut = 1; cut < whole->n; cut++)
-      merge_add(tok, whole->s, whole->n, cut);
+      merge_add(tok, whole, cut);
   }
   free(order);
   free(file);
@@ -4157,12 +4058,11 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   const char *file = file_exists(inside) ? inside : path;
   int json = ends_with(file, ".json");
   TbrTokenizer *tok = json ? load_json(file) : load_bin(file);
-  int fits = tok->n == vocab || (json && tok->n < vocab);
-  if (vocab && !fits)
+  if (vocab && tok->n != vocab && (!json || tok->n > vocab))
     tbr_fail("%s: has %zu tokens, the model %zu (is it of another model?)",
              file, tok->n, vocab);
   for (unsigned i = 0; i < 256; i++)
-    if (byte_find(tok, (char)i) == SIZE_MAX)
+    if (token_find(tok, tok->pieces ? BYTE : TEXT, &(char){(char)i}, 1) < 0)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported",
                file, i);
@@ -4174,7 +4074,7 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
 
 /* Adds JSON, and the name of a token as a string. */
 static void add_token(Buf *json, const char *before, const TbrTokenizer *tok,
-                      size_t id) {
+                      int32_t id) {
   Buf name = {0};
   add_name(&name, tok, id);
   add_json(json, before);
@@ -4182,73 +4082,59 @@ static void add_token(Buf *json, const char *before, const TbrTokenizer *tok,
   buf_free(&name);
 }
 
-static void add_special_tokens(Buf *json, const TbrTokenizer *tok) {
+static void write_json(const TbrTokenizer *tok, const char *directory) {
+  Buf json = {0}, names = {0};
+  add_json(&json, "{'version':'1.0','truncation':null,'padding':null,"
+                  "'added_tokens':[");
   const char *before = "\n{'id':";
   for (size_t i = 0; i < tok->n; i++) {
     if (tok->token[i].kind != SPECIAL) continue;
-    add_json(json, before);
-    buf_printf(json, "%zu", i);
-    add_token(json, ",'content':", tok, i);
-    add_json(json, ",'single_word':false,'lstrip':false,'rstrip':false,"
-                   "'normalized':false,'special':true}");
+    add_json(&json, before);
+    buf_printf(&json, "%zu", i);
+    add_token(&json, ",'content':", tok, (int32_t)i);
+    add_json(&json, ",'single_word':false,'lstrip':false,'rstrip':false,"
+                    "'normalized':false,'special':true}");
     before = ",\n{'id':";
   }
-}
-
-static void add_merges(Buf *json, const TbrTokenizer *tok) {
-  Buf names = {0};
+  add_json(&json, "],\n'post_processor':null,");
+  add_json(&json, json_form[tok->pieces]);
+  add_json(&json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
+  for (size_t i = 0; i < tok->n; i++) {
+    add_token(&json, i ? ",\n" : "\n", tok, (int32_t)i);
+    buf_printf(&json, ":%zu", i);
+  }
+  add_json(&json, "},\n'merges':[");
   for (size_t i = 0; i < tok->pairs.n; i++) {
     buf_clear(&names);
     add_name(&names, tok, pair_left(tok->merge[i]));
     buf_char(&names, ' ');
     add_name(&names, tok, pair_right(tok->merge[i]));
-    buf_str(json, i ? ",\n" : "\n");
-    json_quote(json, names.s, names.n);
+    buf_str(&json, i ? ",\n" : "\n");
+    json_quote(&json, names.s, names.n);
   }
-  buf_free(&names);
-}
-
-static void write_json(const TbrTokenizer *tok, const char *directory) {
-  Buf json = {0};
-  add_json(&json, "{'version':'1.0','truncation':null,'padding':null,"
-                  "'added_tokens':[");
-  add_special_tokens(&json, tok);
-  add_json(&json, "],\n'post_processor':null,");
-  add_json(&json, json_form[tok->pieces]);
-  add_json(&json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
-  for (size_t i = 0; i < tok->n; i++) {
-    add_token(&json, i ? ",\n" : "\n", tok, i);
-    buf_printf(&json, ":%zu", i);
-  }
-  add_json(&json, "},\n'merges':[");
-  add_merges(&json, tok);
   buf_str(&json, "]}}\n");
   write_in(directory, "tokenizer.json", json.s, json.n);
-  buf_free(&json);
-}
-
-/* tokenizer_config.json: what transformers wants to know besides. */
-static void write_config(const TbrTokenizer *tok, const char *directory) {
-  int32_t bos = tbr_special(tok, mark_name[BOS]);
-  int32_t eos = tbr_special(tok, mark_name[EOS]);
-  int dialogue = tbr_special(tok, mark_name[USER]) >= 0 &&
-                 tbr_special(tok, mark_name[ASSISTANT]) >= 0;
-  Buf json = {0};
-  add_json(&json, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
-                  "  'clean_up_tokenization_spaces': false");
-  if (bos >= 0) add_token(&json, ",\n  'bos_token': ", tok, (size_t)bos);
-  if (eos >= 0) add_token(&json, ",\n  'eos_token': ", tok, (size_t)eos);
-  if (dialogue)
-    buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
-  buf_str(&json, "\n}\n");
-  write_in(directory, "tokenizer_config.json", json.s, json.n);
+  buf_free(&names);
   buf_free(&json);
 }
 
 void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
   make_directory(directory);
   write_json(tok, directory);
-  write_config(tok, directory);
+  /* what transformers wants to know besides */
+  int32_t bos = tbr_special(tok, mark_name[BOS]);
+  int32_t eos = tbr_special(tok, mark_name[EOS]);
+  Buf json = {0};
+  add_json(&json, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n"
+                  "  'clean_up_tokenization_spaces': false");
+  if (bos >= 0) add_token(&json, ",\n  'bos_token': ", tok, bos);
+  if (eos >= 0) add_token(&json, ",\n  'eos_token': ", tok, eos);
+  if (tbr_special(tok, mark_name[USER]) >= 0 &&
+      tbr_special(tok, mark_name[ASSISTANT]) >= 0)
+    buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
+  buf_str(&json, "\n}\n");
+  write_in(directory, "tokenizer_config.json", json.s, json.n);
+  buf_free(&json);
 }
 
 /* ======================================================================
