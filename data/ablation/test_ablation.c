@@ -403,7 +403,7 @@ static void test_picture(const char *folder) {
   CHECK(strstr(svg, ">0.556%<"));
   CHECK(strstr(svg, ">x7<") && !strstr(svg, ">x8<"));
   CHECK(strstr(svg, "the first 8 of 9 arms"));
-  CHECK(strstr(svg, "400 and 180 prompts, 1 seed; "));
+  CHECK(strstr(svg, "400 and 180 prompts; seeds: 1; "));
   free(path), free(svg);
   results_free(&r);
 }

@@ -150,7 +150,7 @@ if command -v python3 >/dev/null; then
   python3 -c 'import sys, xml.dom.minidom as x; x.parse(sys.argv[1])' a1/refusal.svg 2>/dev/null && pass ||
     fail 'refusal.svg is no XML'
 else echo 'no python3 here: whether refusal.svg is XML is not tried'; fi
-for words in '>none<' '>sft<' '>tbr<' 'intervals over seeds' '2 seeds' '>0%<'; do
+for words in '>none<' '>sft<' '>tbr<' 'intervals over seeds' 'seeds: 2' '>0%<'; do
   grep -q "$words" a1/refusal.svg && pass || fail "refusal.svg has no $words"
 done
 printf '{"arm": "sft", "label": "pseudo-harmful", "n": 400, "refusal": 343}\n' >one.jsonl
