@@ -62,15 +62,13 @@ static const Option own_option[] = {
      "tests that are pseudo-harmful"},
     {"test.harmful", COUNT, CELL(sizes.test_harmful), "180", "A", "harmful"},
     {"test.general", COUNT, CELL(sizes.test_general), "150", "A", "ordinary"},
-    {"baseline", STRING, CELL(baseline), "sft", "Ar",
-     "arm to compare with"},
+    {"baseline", STRING, CELL(baseline), "sft", "Ar", "arm to compare with"},
     {"grid", STRING, CELL(grid), "", "r", "whose claims are to be decided"},
     {"seeds", COUNT, CELL(seeds), "1", "a", "how many, from `seed` on"},
     {"mix", STRING, CELL(mix), "pretrain", "a", "to pretrain on, a @mix"},
     {"bridge", STRING, CELL(bridge), "", "a",
      "file of harmful rows that ask to think"},
-    {"pseudo", STRING, CELL(pseudo), "", "a",
-     "file of pseudo-harmful rows"},
+    {"pseudo", STRING, CELL(pseudo), "", "a", "file of pseudo-harmful rows"},
     {"bridge-rows", COUNT, CELL(bridge_rows), "0", "a", "the first N; 0: none"},
     {"pseudo-rows", COUNT, CELL(pseudo_rows), "0", "a", "the first N; 0: none"},
     {"style", WORD, CELL(style), "own", "a",
@@ -1053,8 +1051,8 @@ static int is_wanted(const Cells *cells, size_t i, Stage stage) {
 
 static void run_stage(const Cells *cells, Stage stage) {
   static const char *const what[] = {"bases", "arms", "evaluations"};
-  Jobs jobs = {.work = stage == BASES ? cell_base : cell_run,
-               .what = what[stage]};
+  Jobs jobs = {.work = cell_run, .what = what[stage]};
+  if (stage == BASES) jobs.work = cell_base;
   jobs.cell = mem_new(cells->n, sizeof *jobs.cell);
   for (size_t i = 0; i < cells->n; i++) {
     if (!is_wanted(cells, i, stage)) continue;
@@ -1257,28 +1255,24 @@ static void add_table(Report *to, Table *table) {
   free(table->cell);
 }
 
-/* The rate of an arm over seeds, or its difference to that of another, which
- * may be NULL. */
-static OverSeeds rate_over_seeds(const Results *results, size_t rate,
-                                 const char *arm, const char *less) {
-  Condition one = {.rate = rate, .terms = 1, .term = {{1, arm}, {-1, less}}};
-  if (less) one.terms = 2;
-  return over_seeds(results, &one);
-}
-
-/* How often what a rate counts was seen, of how many, over all seeds; with
- * Wilson's interval. */
+/* What is known of the rate of an arm: over seeds, or its difference to that of
+ * another arm (or NULL); and over all prompts, the count with Wilson's
+ * interval. */
 typedef struct {
+  OverSeeds over;
   size_t count, n;
   double low, high;
-} OverPrompts;
+} Estimate;
 
-static OverPrompts over_prompts(const Results *results, size_t rate,
-                                const char *arm) {
+static Estimate estimate(const Results *results, size_t rate, const char *arm,
+                         const char *less) {
+  Condition one = {.rate = rate, .terms = 1, .term = {{1, arm}, {-1, less}}};
+  if (less) one.terms = 2;
   const char *label = rate_kind[rate].label;
   TbrResult sum = total(results, arm, ANY_SEED, label, NULL);
-  OverPrompts found = {.count = sum.count[rate_kind[rate].count],
-                       .n = sum.count[TBR_N]};
+  Estimate found = {.over = over_seeds(results, &one)};
+  found.count = sum.count[rate_kind[rate].count];
+  found.n = sum.count[TBR_N];
   tbr_wilson(found.count, found.n, &found.low, &found.high);
   return found;
 }
@@ -1288,18 +1282,17 @@ static OverPrompts over_prompts(const Results *results, size_t rate,
  * all prompts. With another arm, the mean difference under the same seeds. */
 static void rate_cell(Table *table, const Results *results, size_t rate,
                       const char *arm, const char *less) {
-  OverSeeds over = rate_over_seeds(results, rate, arm, less);
-  OverPrompts all = over_prompts(results, rate, arm);
-  if (!over.seeds)
+  Estimate of = estimate(results, rate, arm, less);
+  double mean = of.over.mean, half = of.over.half;
+  if (!of.over.seeds)
     put_cell(table, "-");
   else if (less)
-    put_cell(table, "%+.3f +- %.3f", over.mean, over.half);
-  else if (over.seeds > 1)
-    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", over.mean, over.half, all.low,
-             all.high);
+    put_cell(table, "%+.3f +- %.3f", mean, half);
+  else if (of.over.seeds > 1)
+    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", mean, half, of.low, of.high);
   else
-    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", all.count, all.n, over.mean,
-             all.low, all.high);
+    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", of.count, of.n, mean, of.low,
+             of.high);
 }
 
 /* Whether a rate stands in a table: whether it does, and has prompts. */
@@ -1426,34 +1419,33 @@ static void draw_text(Buf *to, int x, int y, const char *look,
 
 /* Where a share stands on the axis; one beyond it stands at its end. */
 static double x_of(double share) {
-  double held = share < 0 ? 0 : share;
-  if (held > 1) held = 1;
-  return LEFT + held * PLOT;
+  return LEFT + PLOT * fmin(fmax(share, 0), 1);
 }
 
 /* Draws a rate of an arm: its bar, its interval as the tables have it, and its
  * number. */
 static void draw_rate(Buf *to, const Results *results, size_t rate,
                       const char *arm, int y, const char *colour) {
-  OverSeeds over = rate_over_seeds(results, rate, arm, NULL);
-  OverPrompts all = over_prompts(results, rate, arm);
-  char number[24];
-  if (!over.seeds) return;
-  if (over.seeds > 1) {
-    all.low = over.mean - over.half;
-    all.high = over.mean + over.half;
+  Estimate of = estimate(results, rate, arm, NULL);
+  double mean = of.over.mean;
+  if (!of.over.seeds) return;
+  if (of.over.seeds > 1) {
+    of.low = mean - of.over.half;
+    of.high = mean + of.over.half;
   }
-  double end = x_of(all.high);
+  double end = x_of(of.high);
   buf_printf(to,
              "<rect x=\"%d\" y=\"%d\" width=\"%.1f\" height=\"%d\" "
              "fill=\"%s\"/>\n",
-             LEFT, y, x_of(over.mean) - LEFT, BAR, colour);
+             LEFT, y, x_of(mean) - LEFT, BAR, colour);
   buf_printf(to,
              "<path d=\"M%.1f %dv8m0-4H%.1fm0-4v8\" fill=\"none\" "
              "stroke=\"#222\" stroke-width=\"1.5\"/>\n",
-             x_of(all.low), y + BAR / 2 - 4, end);
-  snprintf(number, sizeof number, "%.3g%%", 100 * over.mean);
-  draw_text(to, (int)end + 8, y + 13, "font-weight=\"bold\"", number);
+             x_of(of.low), y + BAR / 2 - 4, end);
+  buf_printf(to,
+             "<text x=\"%.1f\" y=\"%d\" font-weight=\"bold\">%.3g%%"
+             "</text>\n",
+             end + 8, y + 14, 100 * mean);
 }
 
 /* Draws title, legend and axis. */
@@ -1483,38 +1475,33 @@ static void draw_frame(Buf *to, int bottom) {
   }
 }
 
-/* The number of prompts of a rate in one cell, the most that one has. */
-static size_t prompts_of_cell(const Results *results, size_t rate) {
-  size_t most = 0;
-  for (size_t a = 0; a < results->arms.n; a++) {
-    TbrResult sum = total(results, arm_at(results, a), seed_at(results, 0),
-                          rate_kind[rate].label, NULL);
-    if (sum.count[TBR_N] > most) most = sum.count[TBR_N];
-  }
-  return most;
-}
-
-/* Draws what the rates come from. */
+/* Draws what the rates come from; the prompts are those of the first arm. */
 static void draw_foot(Buf *to, const Results *results, int y) {
-  size_t seeds = results->seeds.n, arms = results->arms.n;
+  size_t seeds = results->seeds.n, prompts[2];
+  const char *over = "prompts", *arm = arm_at(results, 0);
   Buf foot = {0};
+  if (seeds > 1) over = "seeds";
+  for (size_t i = 0; i < 2; i++) {
+    const char *label = rate_kind[i ? TRUE_REFUSAL : FALSE_REFUSAL].label;
+    TbrResult sum = total(results, arm, seed_at(results, 0), label, NULL);
+    prompts[i] = sum.count[TBR_N];
+  }
   buf_printf(&foot,
-             "%zu and %zu prompts, %zu seed%s; lines: 95%% intervals "
+             "%zu and %zu prompts; seeds: %zu; lines: 95%% intervals "
              "over %s",
-             prompts_of_cell(results, FALSE_REFUSAL),
-             prompts_of_cell(results, TRUE_REFUSAL), seeds,
-             seeds > 1 ? "s" : "", seeds > 1 ? "seeds" : "prompts");
-  if (arms > MOST_ARMS)
-    buf_printf(&foot, "; the first %d of %zu arms", MOST_ARMS, arms);
+             prompts[0], prompts[1], seeds, over);
+  if (results->arms.n > MOST_ARMS)
+    buf_printf(&foot, "; the first %d of %zu arms", MOST_ARMS, results->arms.n);
   draw_text(to, MARGIN, y, "font-size=\"12\" fill=\"#666\"", foot.s);
   buf_free(&foot);
 }
 
 /* Writes refusal.svg: false and true refusal of the first arms. */
 static void write_picture(const char *directory, const Results *results) {
-  size_t arms = results->arms.n < MOST_ARMS ? results->arms.n : MOST_ARMS;
+  size_t arms = results->arms.n;
   int y = TOP;
   Buf svg = {0};
+  if (arms > MOST_ARMS) arms = MOST_ARMS;
   draw_frame(&svg, TOP + (int)arms * ARM_HEIGHT);
   for (size_t a = 0; a < arms; a++) {
     const char *arm = arm_at(results, a);
@@ -1539,7 +1526,7 @@ static int has_arm(const Results *results, const char *arm) {
 }
 
 /* Prints the tables of a file of results, and writes them to a directory with
- * a picture; with a grid (or NULL), decides its claims. */
+ * a picture; decides the claims of the grid, which may be empty. */
 static void report(const char *path, const Grid *grid, const char *baseline,
                    const char *out) {
   Report to = {{0}, {0}};
@@ -1553,7 +1540,7 @@ static void report(const char *path, const Grid *grid, const char *baseline,
     rate_table(&to, &results, 0, baseline);
   if (results.seeds.n > 1) seed_table(&to, &results);
   type_table(&to, &results);
-  if (grid) claim_table(&to, &results, grid);
+  claim_table(&to, &results, grid);
   fwrite(to.text.s, 1, to.text.n, stdout);
   make_directory(out);
   write_in(out, "report.md", to.text.s, to.text.n);
@@ -1587,11 +1574,11 @@ static void run_grid(const char *grid_path, char *const *given) {
 /* Reports on results that are there. */
 static void run_report(const char *path, char *const *given) {
   Cell options = cell_default();
-  set_given(&options, given, "r");
   Grid grid = {0};
-  if (*options.grid) grid = grid_read(options.grid, (char *[]){NULL});
-  report(path, *options.grid ? &grid : NULL, options.baseline,
-         options.method.out);
+  char *none[] = {NULL};
+  set_given(&options, given, "r");
+  if (*options.grid) grid = grid_read(options.grid, none);
+  report(path, &grid, options.baseline, options.method.out);
   grid_free(&grid);
 }
 
@@ -1599,18 +1586,20 @@ static void run_report(const char *path, char *const *given) {
 
 #ifndef ABLATION_NO_MAIN
 
-/* Lists those options whose letters are just these, or begin with them. */
+/* Prints an option if its letters have that letter. */
+static void print_option(const Option *o, const char *letters, char letter) {
+  if (!strchr(letters, letter)) return;
+  printf("  %-18s %s", o->name, o->help);
+  if (*o->otherwise) printf(" (%s)", o->otherwise);
+  printf("\n");
+}
+
 static void print_options(const char *title, char letter) {
   printf("\n%s\n", title);
-  for (size_t i = 0; i < OWN_OPTIONS + OPTIONS; i++) {
-    int is_own = i < OWN_OPTIONS;
-    const Option *o = is_own ? &own_option[i] : &option[i - OWN_OPTIONS];
-    const char *letters = is_own ? o->verbs : core_letters(o);
-    if (!strchr(letters, letter)) continue;
-    printf("  %-18s %s", o->name, o->help);
-    if (*o->otherwise) printf(" (%s)", o->otherwise);
-    printf("\n");
-  }
+  for (size_t i = 0; i < OWN_OPTIONS; i++)
+    print_option(&own_option[i], own_option[i].verbs, letter);
+  for (size_t i = 0; i < OPTIONS; i++)
+    print_option(&option[i], core_letters(&option[i]), letter);
 }
 
 static void print_help(void) {
