@@ -523,9 +523,9 @@ TbrExamples tbr_interleave(TbrExamples *general, TbrExamples *safety,
   TbrExamples kinds = {0};
   TbrExamples all = {0};
   Rng rng = rng_stream(how->seed, FOR_ROWS, 0);
-  interleave_kind(&kinds, general, reflecting_share(how->rows, how->share, 0),
+  interleave_kind(&kinds, general, reflecting_share(how->reflecting, how->share, 0),
                   "harmless", &rng);
-  interleave_kind(&kinds, safety, reflecting_share(how->rows, how->share, 1),
+  interleave_kind(&kinds, safety, reflecting_share(how->reflecting, how->share, 1),
                   "harmful", &rng);
   size_t *order = mem_raw(kinds.n, sizeof *order);
   shuffle(order, kinds.n, &rng);
@@ -2099,7 +2099,7 @@ size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   const TbrConfig *config = &model->config;
   size_t longest = rows < config->context ? rows : config->context;
   size_t numbers = times(4, model->n_params);
-  numbers += LOSS_ROWS * (5 * config->dim + config->vocab + 2);
+  numbers += LOSS_ROWS * (4 * config->dim + config->vocab);
   numbers += (size_t)threads() * attention_scratch(longest);
   TbrActs acts;
   Extent part[ACTS];
@@ -5720,7 +5720,7 @@ static void verb_data(const Options *options) {
   if (*options->in) {
     rows = tbr_examples_read(options->in);
   } else {
-    TbrInterleaving how = {.rows = (TbrReflecting)options->reflection,
+    TbrInterleaving how = {.reflecting = (TbrReflecting)options->reflection,
                            .share = options->share,
                            .seed = options->seed};
     TbrExamples general = rows_of_kind(options->general, options->general_rows);

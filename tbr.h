@@ -85,16 +85,16 @@ typedef enum {
 } TbrReflecting;
 
 typedef struct {
-  TbrReflecting rows;
-  double share;  /* with TBR_REFLECT_SAFETY, and of the general rows so many */
+  TbrReflecting reflecting;
+  double share;  /* of the general rows that reflect, too, if safety rows do */
   uint64_t seed; /* of the draw of that share, and of the order */
 } TbrInterleaving;
 
 /* The dataset mode (Think-Before-Refusal, section 3): general and safety rows
- * become one list in a seeded order, in which those rows keep their
- * reflections that are to reflect. Rows without a label get the one of their
- * kind, harmless or harmful. Takes the rows out of both lists; fails if a row
- * has no response, or no reflection where it should reflect. */
+ * become one list in a seeded order. Rows that are to reflect keep their
+ * reflection, if they have one; the others lose it. Rows without a label get
+ * that of their kind, harmless or harmful. Takes the rows out of both lists;
+ * fails if a row has no response. */
 TbrExamples tbr_interleave(TbrExamples *general, TbrExamples *safety,
                            const TbrInterleaving *how);
 

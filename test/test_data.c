@@ -170,7 +170,7 @@ static char *in_order(char *s) {
 }
 
 static void test_interleaving(void) {
-  TbrInterleaving how = {.rows = TBR_REFLECT_SAFETY, .seed = 3};
+  TbrInterleaving how = {.reflecting = TBR_REFLECT_SAFETY, .seed = 3};
   char *first = made_of(6, 5, how), *again = made_of(6, 5, how);
   SAME(first, again);
   CHECK(strcmp(first, "abcdefNOPQR")); /* the order is a random one */
@@ -178,12 +178,12 @@ static void test_interleaving(void) {
   how.seed = 4;
   char *other = made_of(6, 5, how);
   CHECK(strcmp(other, again));
-  how.rows = TBR_REFLECT_NONE, how.share = 1;
+  how.reflecting = TBR_REFLECT_NONE, how.share = 1;
   SAME(in_order(made_of(4, 3, how)), "abcdnop");
-  how.rows = TBR_REFLECT_ALL, how.share = 0;
+  how.reflecting = TBR_REFLECT_ALL, how.share = 0;
   SAME(in_order(made_of(4, 3, how)), "ABCDNOP");
   SAME(in_order(made_of(0, 3, how)), "NOP");
-  how.rows = TBR_REFLECT_SAFETY, how.share = 1;
+  how.reflecting = TBR_REFLECT_SAFETY, how.share = 1;
   SAME(in_order(made_of(4, 3, how)), "ABCDNOP");
   how.share = 0.3;
   size_t reflecting = 0, all = 0;

@@ -1,4 +1,4 @@
-/* Chapters 4 and 5: good and bad files, round trips, hostile input.
+/* Chapters 9 to 11: good and bad files, round trips, hostile input.
  * Arguments: where to write, and the folder of golden files (which
  * golden_tokenizer.py makes). TBR_REAL names that of real data. */
 #include "../tbr.c"

@@ -1,4 +1,4 @@
-/* Chapters 7 and 8 in double precision (compile with -DTBR_DOUBLE): every
+/* Chapters 3 and 4 in double precision (compile with -DTBR_DOUBLE): every
  * gradient against differences of the loss, and what a sequence may see. */
 #include "../tbr.c"
 #include "check.h"

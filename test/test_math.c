@@ -1,4 +1,4 @@
-/* Chapters 2 and 3: exact arithmetic, random numbers, the matrix product. */
+/* Chapters 12 and 13: exact arithmetic, random numbers, the matrix product. */
 #include "../tbr.c"
 #include "check.h"
 

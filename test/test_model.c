@@ -1,4 +1,4 @@
-/* Chapters 8 and 9 against PyTorch; the golden numbers are golden_model.py's.
+/* Chapters 4 and 5 against PyTorch; the golden numbers are golden_model.py's.
  * Arguments: where to write, and the folder of golden files. */
 #include "../tbr.c"
 #include "check.h"

@@ -1,4 +1,4 @@
-/* Chapters 6 (masks), 9 and 10: what is trained on, that training can be cut
+/* Chapters 2 (masks), 5 and 6: what is trained on, that training can be cut
  * anywhere without a trace, and that generation is what forward says.
  * Argument: where to write. */
 #include "../tbr.c"
