@@ -65,6 +65,8 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
 #define omp_get_thread_num() 0
 #endif
 
+typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
+
 /* ======================================================================
  * Chapter 0: what the ground gives
  *
@@ -73,58 +75,45 @@ __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
  * name is new.
  * ====================================================================== */
 
-typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
-
 /* ---- Platform (chapter 14). What fails ends in tbr_fail. ---- */
 
-/* The smaller of two sizes. */
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-/* Memory for count items of size bytes, not initialised; to be freed. */
+/* Memory for count items of size > 0 bytes, to be freed; mem_new zeroes it. */
 static void *mem_raw(size_t count, size_t size);
-
-/* The same, set to zero. */
 static void *mem_new(size_t count, size_t size);
 
 /* Grows an array to hold at least `want` items, by doubling; returns where it
  * lies now and updates *capacity. */
 static void *mem_grow(void *memory, size_t *capacity, size_t want, size_t size);
 
-/* An array of n numbers, and where its address is to be noted. */
+/* Several arrays in one block, which alone is to be freed: each has n numbers,
+ * and its address is noted in *at. */
 typedef struct {
   real **at;
   size_t n;
 } Extent;
-
-/* Several arrays of numbers in one block, which alone is to be freed. */
 static real *mem_parts(const Extent *part, size_t parts);
 
-/* A copy of a text in fresh memory. */
-static char *copy_string(const char *s);
-
-static int ends_with(const char *s, const char *ending);
-
 /* Text that grows: n bytes, closed by a 0 once something was added. It starts
- * as {0} and ends with buf_free. */
+ * as {0} and ends with buf_free; buf_clear empties it, but keeps its memory. */
 typedef struct {
   char *s;
   size_t n, cap;
 } Buf;
-
-/* Each adds to the end of the text. */
 static void buf_add(Buf *text, const void *bytes, size_t n);
 static void buf_str(Buf *text, const char *s);
 static void buf_char(Buf *text, int c);
-static void buf_vprintf(Buf *text, const char *format, va_list args);
 TBR_PRINTF(2, 3) static void buf_printf(Buf *text, const char *format, ...);
-
-/* Empties the text, but keeps its memory. */
 static void buf_clear(Buf *text);
 static void buf_free(Buf *text);
 
-/* Formats into fresh memory. */
+/* In fresh memory: a copy, formatted text, and "directory/name". */
+static char *copy_string(const char *s);
 TBR_PRINTF(1, 2) static char *format_string(const char *format, ...);
+static char *path_in(const char *directory, const char *name);
 
+static int ends_with(const char *s, const char *ending);
 static int file_exists(const char *path);
 
 /* The whole of a file, closed by a 0 that *n doesn't count; "-" is stdin, and
@@ -134,20 +123,14 @@ static char *read_file(const char *path, size_t *n);
 /* Makes a directory and those above it; one that exists is fine. */
 static void make_directory(const char *path);
 
-/* "directory/name" in fresh memory. */
-static char *path_in(const char *directory, const char *name);
-
-/* A file being written, under a name that no other process uses until it is
- * complete. */
+/* A file being written, under a name that no other process uses. out_close
+ * brings it to the disk and gives it its final name. */
 typedef struct {
   FILE *file;
   char *path, *temp;
 } Out;
-
 static Out out_open(const char *path);
 static void out_write(const Out *out, const void *bytes, size_t n);
-
-/* Flushes the file to the disk and gives it its final name. */
 static void out_close(Out *out);
 
 /* Each writes n bytes as the whole content of a file. */
@@ -155,23 +138,17 @@ static void write_file(const char *path, const void *bytes, size_t n);
 static void write_in(const char *directory, const char *name, const void *bytes,
                      size_t n);
 
-/* Seconds since some fixed moment, for rates only. */
-static double now(void);
-
-static int is_terminal(FILE *file);
-
 /* How many threads the next parallel loop shall have. */
 static int threads(void);
 
-/* A line that says how far something is: a bar, the rate and the time left. */
+/* A line that says how far something is: a bar, the rate and the time left. On
+ * a terminal only, it is drawn over itself a few times a second. */
 typedef struct {
   const char *label, *unit; /* without a label, nothing is drawn */
   size_t total;
   double units_per_item; /* the rate counts tokens a step, say */
   double began, drawn;   /* when; both start as 0 */
 } Progress;
-
-/* Draws the line over itself, on a terminal only, a few times a second. */
 static void progress(Progress *bar, size_t done, const char *note);
 
 /* ---- Exact arithmetic (chapter 13): the same bits everywhere ---- */
@@ -193,36 +170,28 @@ static inline real madd(real a, real b, real c);
 /* exp(x) for the inner loops: no branch, relative error below 2e-7. */
 static inline real exp_real(real x);
 
-/* The square root, rounded exactly. */
-static real root(real x);
+/* The square root, rounded exactly: to round it to double first changes
+ * nothing (Figueroa, 1995). */
+static real root(real x) { return (real)sqrt((double)x); }
 
-/* Long sums run in so many lanes, element i in lane i % LANES. */
+/* Long sums run in LANES lanes, element i in lane i % LANES, which lane_sum
+ * adds up in one fixed tree, destroying them. dot: the sum of a[i] b[i]. */
 enum { LANES = 16 };
-
-/* The sum of the lanes, in one fixed tree. Destroys them. */
 static real lane_sum(real *lane);
-
-/* The sum of a[i] b[i], in lanes. */
 static real dot(const real *a, const real *b, size_t n);
 
-/* A stream of random numbers. Each purpose has a stream of its own, so that
+/* A stream of random numbers. Each purpose has streams of its own, so that
  * drawing more for one changes nothing for another. */
 typedef struct {
   uint64_t state;
 } Rng;
-
 enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS };
-
-/* The stream of one purpose under a seed; index tells apart several. */
 static Rng rng_stream(uint64_t seed, uint64_t purpose, uint64_t index);
 
-/* Uniform in [0, 1), all 53 bits. */
+/* Uniform in [0, 1), all 53 bits; uniform in 0 .. n-1, without bias, n > 0;
+ * normal with mean 0 and deviation 1. */
 static double rng_uniform(Rng *rng);
-
-/* Uniform in 0 .. n-1, without bias; n > 0. */
 static size_t rng_below(Rng *rng, size_t n);
-
-/* Normal with mean 0 and deviation 1. */
 static double rng_normal(Rng *rng);
 
 /* order becomes a random permutation of 0 .. n-1. */
@@ -245,8 +214,12 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 #ifndef TBR_NC
 #define TBR_NC 512 /* columns of B in one block, a multiple of NR: L3 */
 #endif
-enum { NR = 16 }; /* columns of a panel */
-enum { KC = TBR_KC, MC = TBR_MC, NC = TBR_NC };
+enum {
+  KC = TBR_KC,
+  MC = TBR_MC,
+  NC = TBR_NC,
+  NR = 16 /* columns of a panel */
+};
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
 /* A matrix in memory: element (i, j) is
@@ -260,29 +233,35 @@ typedef struct {
   size_t row_stride, column_stride;
 } Mat;
 
-/* The matrix whose rows, of numbers side by side, are `stride` apart. */
-static Mat mat(const real *at, size_t stride);
-
-/* The transpose of mat(at, stride). */
-static Mat transposed(const real *at, size_t stride);
-
-/* A packed matrix, whose panels are `stride` apart. */
-static Mat packed_mat(const real *at, size_t stride);
+/* The matrix whose rows, of numbers side by side, are `stride` apart; its
+ * transpose; and a packed one, whose panels are `stride` apart. */
+static Mat mat(const real *at, size_t stride) { return (Mat){at, stride, 1}; }
+static Mat transposed(const real *at, size_t stride) {
+  return (Mat){at, 1, stride};
+}
+static Mat packed_mat(const real *at, size_t stride) {
+  return (Mat){at, stride, 0};
+}
+static inline int is_packed(Mat m) { return m.column_stride == 0; }
 
 /* What of a matrix begins at a row and a column; where it is packed, the column
  * must be a multiple of NR. */
-static inline Mat part_from(Mat whole, size_t row, size_t column);
+static inline Mat part_from(Mat whole, size_t row, size_t column) {
+  size_t ahead = row * whole.row_stride + column * whole.column_stride;
+  if (is_packed(whole)) ahead = column / NR * whole.row_stride + row * NR;
+  whole.at += ahead;
+  return whole;
+}
 
 /* Packs b (rows,columns) to `to`, and returns it as it lies there; the last
  * panel is filled up with zeros. */
 static Mat pack(real *to, Mat b, size_t rows, size_t columns);
 
 /* C (m,n) = A (m,k) B (k,n), or C += A B if `accumulate`; C's rows are
- * c_stride apart. A is not packed; B may be, but then A is no transpose. */
+ * c_stride apart. A is not packed; B may be, but then A is no transpose.
+ * gemm_serial runs on this thread alone; scratch: GEMM_SCRATCH. */
 static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int accumulate,
                  real *c, size_t c_stride);
-
-/* The same on this thread alone; scratch: GEMM_SCRATCH. */
 static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
                         int accumulate, real *c, size_t c_stride,
                         real *scratch);
@@ -1144,7 +1123,9 @@ static void cross_entropy(real *loss, real *logits, const int32_t *target,
  * classifier, which may be the embedding ("tied"). All parameters lie in one
  * block; q, k, v are neighbours and so are gate and up, so that each group is
  * one matrix product. Gradients, and AdamW's two moments, are blocks of the
- * same shape. Left out: biases, scaled rotary embedding, dropout.
+ * same shape. Here are also the cache of keys and values that generation
+ * uses, and loading and saving. Left out: biases, scaled rotary embedding,
+ * dropout.
  * ====================================================================== */
 
 /* ---- sizes ------------------------------------------------------------- */
@@ -1658,14 +1639,13 @@ static Span *spans_of(const TbrConfig *config, const TbrSequences *sequences,
 enum { LOSS_ROWS = 256 }; /* rows whose logits exist at the same time */
 
 /* The summed cross entropy of the rows that have a target, a block of them at
- * a time; with grad, also scale times its gradient, into grad and
- * acts->dresidual. */
-static double sum_loss(const TbrModel *model, TbrActs *acts,
+ * a time, from the residual stream behind the last layer; with grad, also
+ * scale times its gradient, into grad and acts->dresidual. */
+static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
                        const TbrSequences *sequences, real *grad, real scale) {
   const TbrConfig *config = &model->config;
   size_t dim = config->dim, vocab = config->vocab;
   size_t tokens = sequences->tokens, wide = LOSS_ROWS * dim;
-  const real *last = acts_at(config, acts, config->layers).residual;
   const real *norm = final_norm(config, model->param);
   const real *w = classifier(config, model->param);
   real *x = mem_raw(times(LOSS_ROWS, 4 * dim + vocab), sizeof *x);
@@ -1707,26 +1687,33 @@ static double sum_loss(const TbrModel *model, TbrActs *acts,
   return sum;
 }
 
+/* Runs sequences through all layers; returns the residual stream (rows,dim)
+ * behind the last one. */
+static const real *model_forward(const TbrModel *model, TbrActs *acts,
+                                 const int32_t *id, const Batch *batch) {
+  const TbrConfig *config = &model->config;
+  embedding_forward(acts->residual, model->param, id, batch->rows, config->dim);
+  for (size_t layer = 0; layer < config->layers; layer++) {
+    Layer w = layer_at(config, model->param, layer);
+    layer_forward(config, &w, acts, layer, batch, NULL);
+  }
+  return acts_at(config, acts, config->layers).residual;
+}
+
 double tbr_loss(const TbrModel *model, TbrActs *acts,
                 const TbrSequences *sequences, tbr_real *grad, double scale) {
   const TbrConfig *config = &model->config;
   Span *spans = spans_of(config, sequences, acts->rows);
-  Batch batch = {
-      .rows = sequences->tokens, .n_spans = sequences->n, .spans = spans};
-  embedding_forward(acts->residual, model->param, sequences->id,
-                    sequences->tokens, config->dim);
-  for (size_t layer = 0; layer < config->layers; layer++) {
-    Layer w = layer_at(config, model->param, layer);
-    layer_forward(config, &w, acts, layer, &batch, NULL);
-  }
-  double loss = sum_loss(model, acts, sequences, grad, (real)scale);
+  Batch batch = {sequences->tokens, sequences->n, spans};
+  const real *last = model_forward(model, acts, sequences->id, &batch);
+  double loss = sum_loss(model, acts, last, sequences, grad, (real)scale);
   if (grad) {
     for (size_t layer = config->layers; layer-- > 0;) {
       Layer w = layer_at(config, model->param, layer);
       Layer dw = layer_at(config, grad, layer);
       layer_backward(config, &w, &dw, acts, layer, &batch);
     }
-    embedding_backward(grad, acts->dresidual, sequences->id, sequences->tokens,
+    embedding_backward(grad, acts->dresidual, sequences->id, batch.rows,
                        config->dim);
   }
   free(spans);
@@ -1736,15 +1723,18 @@ double tbr_loss(const TbrModel *model, TbrActs *acts,
 void tbr_logits(const TbrModel *model, TbrActs *acts,
                 const TbrSequences *sequences, tbr_real *logits) {
   const TbrConfig *config = &model->config;
-  const real *w = classifier(config, model->param);
   size_t dim = config->dim;
-  tbr_loss(model, acts, sequences, NULL, 0); /* for the residual stream */
-  rmsnorm_forward(acts->normed, acts->dshared,
-                  acts_at(config, acts, config->layers).residual,
-                  final_norm(config, model->param), sequences->tokens, dim,
+  Span *spans = spans_of(config, sequences, acts->rows);
+  Batch batch = {sequences->tokens, sequences->n, spans};
+  const real *last = model_forward(model, acts, sequences->id, &batch);
+  /* logits (rows,vocab) = RMSNorm(last) (rows,dim) W^T (dim,vocab) */
+  rmsnorm_forward(acts->normed, acts->dshared, last,
+                  final_norm(config, model->param), batch.rows, dim,
                   (real)config->norm_eps);
-  linear_forward(logits, acts->normed, transposed(w, dim), sequences->tokens,
+  linear_forward(logits, acts->normed,
+                 transposed(classifier(config, model->param), dim), batch.rows,
                  dim, config->vocab);
+  free(spans);
 }
 
 /* ---- loading and saving ------------------------------------------------ */
@@ -4617,36 +4607,11 @@ enum { MR = 6 };
 #define FETCH(p, ahead, write, near) ((void)(p))
 #endif
 
-static Mat mat(const real *at, size_t stride) {
-  return (Mat){.at = at, .row_stride = stride, .column_stride = 1};
-}
-
-static Mat transposed(const real *at, size_t stride) {
-  return (Mat){.at = at, .row_stride = 1, .column_stride = stride};
-}
-
-static Mat packed_mat(const real *at, size_t stride) {
-  return (Mat){.at = at, .row_stride = stride, .column_stride = 0};
-}
-
-static inline int is_packed(Mat m) { return m.column_stride == 0; }
-
-static inline Mat part_from(Mat whole, size_t row, size_t column) {
-  Mat part = whole;
-  if (is_packed(whole))
-    part.at += column / NR * whole.row_stride + row * NR;
-  else
-    part.at += row * whole.row_stride + column * whole.column_stride;
-  return part;
-}
-
-enum { SQUARE = NR * NR };
-
-/* Takes from both halves of a square in turn. */
-ALWAYS_INLINE void interleave_halves(real *to, const real *from) {
-  for (size_t i = 0; i < SQUARE / 2; i++) {
+/* Takes from both halves of a square of NR x NR in turn. */
+ALWAYS_INLINE void interleave(real *to, const real *from) {
+  for (size_t i = 0; i < NR * NR / 2; i++) {
     to[2 * i] = from[i];
-    to[2 * i + 1] = from[SQUARE / 2 + i];
+    to[2 * i + 1] = from[NR * NR / 2 + i];
   }
 }
 
@@ -4654,52 +4619,44 @@ ALWAYS_INLINE void interleave_halves(real *to, const real *from) {
  * moves the highest bit of each index to its end; done for each of the four
  * bits of i, that exchanges i and j. Compilers make wide permutations of it. */
 static void transpose_square(real *to, const real *from, size_t stride) {
-  real even[SQUARE], odd[SQUARE];
+  real even[NR * NR], odd[NR * NR];
   for (size_t i = 0; i < NR; i++)
     memcpy(even + i * NR, from + i * stride, NR * sizeof *from);
-  interleave_halves(odd, even);
-  interleave_halves(even, odd);
-  interleave_halves(odd, even);
-  interleave_halves(to, odd);
-}
-
-/* One panel of pack: to (rows,NR) = b (rows,columns), columns <= NR. */
-static void pack_panel(real *to, Mat b, size_t rows, size_t columns) {
-  int full = columns == NR;
-  size_t i = 0;
-  if (!full) memset(to, 0, rows * NR * sizeof *to);
-  if (full && b.row_stride == 1) {
-    for (; i + NR <= rows; i += NR)
-      transpose_square(to + i * NR, b.at + i, b.column_stride);
-  }
-  for (; i < rows; i++) {
-    const real *row = b.at + i * b.row_stride;
-    if (full && b.column_stride == 1) {
-      memcpy(to + i * NR, row, NR * sizeof *to);
-    } else {
-      for (size_t j = 0; j < columns; j++)
-        to[i * NR + j] = row[j * b.column_stride];
-    }
-  }
+  interleave(odd, even);
+  interleave(even, odd);
+  interleave(odd, even);
+  interleave(to, odd);
 }
 
 static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
-  Mat result = packed_mat(to, rows * NR);
   for (size_t column = 0; column < columns; column += NR) {
-    pack_panel(to, part_from(b, 0, column), rows,
-               smaller(NR, columns - column));
-    to += rows * NR;
+    real *panel = to + column * rows;
+    Mat from = part_from(b, 0, column);
+    size_t width = smaller(NR, columns - column);
+    size_t i = 0;
+    if (width < NR)
+      memset(panel, 0, rows * NR * sizeof *to);
+    else if (b.row_stride == 1)
+      for (; i + NR <= rows; i += NR)
+        transpose_square(panel + i * NR, from.at + i, b.column_stride);
+    for (; i < rows; i++) {
+      const real *row = from.at + i * b.row_stride;
+      if (width == NR && b.column_stride == 1)
+        memcpy(panel + i * NR, row, NR * sizeof *to);
+      else
+        for (size_t j = 0; j < width; j++)
+          panel[i * NR + j] = row[j * b.column_stride];
+    }
   }
-  return result;
+  return packed_mat(to, rows * NR);
 }
 
 /* Copies a (rows,depth), a transpose whose rows may lie far apart, to where
  * they are MC apart. */
 static Mat gather(real *to, Mat a, size_t rows, size_t depth) {
-  for (size_t k = 0; k < depth; k++) {
+  for (size_t k = 0; k < depth; k++)
     for (size_t i = 0; i < rows; i++)
       to[k * MC + i] = a.at[i * a.row_stride + k * a.column_stride];
-  }
   return transposed(to, MC);
 }
 
@@ -4710,10 +4667,12 @@ ALWAYS_INLINE void multiply_tile(size_t rows, size_t depth, Mat a,
                                  const real *panel, int accumulate, real *c,
                                  size_t c_stride) {
   real sum[8][NR]; /* MR is at most 8 */
-  for (size_t i = 0; i < rows; i++) {
+  for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < NR; j++)
-      sum[i][j] = accumulate ? c[i * c_stride + j] : 0;
-  }
+      sum[i][j] = 0;
+  for (size_t i = 0; accumulate && i < rows; i++)
+    for (size_t j = 0; j < NR; j++)
+      sum[i][j] = c[i * c_stride + j];
   /* the next tile of c */
   for (size_t i = 0; i < rows; i++)
     FETCH(c + i * c_stride, rows * c_stride * sizeof *c, 1, 3);
@@ -4727,63 +4686,22 @@ ALWAYS_INLINE void multiply_tile(size_t rows, size_t depth, Mat a,
         sum[i][j] = madd(factor, b[j], sum[i][j]);
     }
   }
-  for (size_t i = 0; i < rows; i++) {
+  for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < NR; j++)
       c[i * c_stride + j] = sum[i][j];
-  }
 }
 
 /* The same for any number of rows up to MR. */
 static void micro_kernel(size_t rows, size_t depth, Mat a, const real *panel,
                          int accumulate, real *c, size_t c_stride) {
-  switch (rows) {
-    case 1:
-      multiply_tile(1, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 2:
-      multiply_tile(2, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 3:
-      multiply_tile(3, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 4:
-      multiply_tile(4, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 5:
-      multiply_tile(5, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 6:
-      multiply_tile(6, depth, a, panel, accumulate, c, c_stride);
-      break;
-    case 7:
-      multiply_tile(7, depth, a, panel, accumulate, c, c_stride);
-      break;
-    default: /* 8, where a constant `accumulate` saves tests */
-      if (accumulate)
-        multiply_tile(MR, depth, a, panel, 1, c, c_stride);
-      else
-        multiply_tile(MR, depth, a, panel, 0, c, c_stride);
-  }
-}
-
-/* The same at the right edge of C, where only `columns` are real. */
-static void edge_kernel(size_t rows, size_t columns, size_t depth, Mat a,
-                        const real *panel, int accumulate, real *c,
-                        size_t c_stride) {
-  real tile[MR * NR] = {0};
-  for (size_t i = 0; accumulate && i < rows; i++)
-    memcpy(tile + i * NR, c + i * c_stride, columns * sizeof *c);
-  micro_kernel(rows, depth, a, panel, accumulate, tile, NR);
-  for (size_t i = 0; i < rows; i++)
-    memcpy(c + i * c_stride, tile + i * NR, columns * sizeof *c);
-}
-
-/* The height of the next tile where so many rows are left; the last two tiles
- * are of nearly the same height. */
-static size_t tile_height(size_t rows_left) {
-  if (rows_left >= 2 * MR) return MR;
-  if (rows_left > MR) return (rows_left + 1) / 2;
-  return rows_left;
+  if (rows == 1) multiply_tile(1, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 2) multiply_tile(2, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 3) multiply_tile(3, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 4) multiply_tile(4, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 5) multiply_tile(5, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 6) multiply_tile(6, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 7) multiply_tile(7, depth, a, panel, accumulate, c, c_stride);
+  if (rows == 8) multiply_tile(8, depth, a, panel, accumulate, c, c_stride);
 }
 
 /* C (m,n) = A (m,k) B (k,n), or += if `accumulate`, in tiles; B is packed. */
@@ -4794,14 +4712,22 @@ static void gemm_block(size_t m, size_t n, size_t k, Mat a, Mat b,
     size_t columns = smaller(NR, n - column);
     size_t rows;
     for (size_t row = 0; row < m; row += rows) {
-      rows = tile_height(m - row);
+      /* the last two tiles are of nearly the same height */
+      rows = m - row;
+      if (rows > MR) rows = smaller(MR, (rows + 1) / 2);
       Mat a_rows = part_from(a, row, 0);
       real *tile = c + row * c_stride + column;
-      if (columns == NR)
+      if (columns == NR) {
         micro_kernel(rows, k, a_rows, panel, accumulate, tile, c_stride);
-      else
-        edge_kernel(rows, columns, k, a_rows, panel, accumulate, tile,
-                    c_stride);
+        continue;
+      }
+      /* at the right edge of C, only some columns are real */
+      real edge[MR * NR] = {0};
+      for (size_t i = 0; i < rows; i++)
+        memcpy(edge + i * NR, tile + i * c_stride, columns * sizeof *c);
+      micro_kernel(rows, k, a_rows, panel, accumulate, edge, NR);
+      for (size_t i = 0; i < rows; i++)
+        memcpy(tile + i * c_stride, edge + i * NR, columns * sizeof *c);
     }
   }
 }
@@ -4809,19 +4735,20 @@ static void gemm_block(size_t m, size_t n, size_t k, Mat a, Mat b,
 static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
                         int accumulate, real *c, size_t c_stride,
                         real *scratch) {
-  real *a_copy = scratch, *b_copy = scratch + KC * MC;
-  size_t most = is_packed(b) ? k : KC; /* what is packed is read straight on */
+  size_t most = KC;
+  if (is_packed(b)) most = k; /* that is read straight on */
   for (size_t first = 0; first < k; first += most) {
     size_t depth = smaller(most, k - first);
     for (size_t column = 0; column < n; column += NC) {
       size_t columns = smaller(NC, n - column);
       Mat b_block = part_from(b, first, column);
-      if (!is_packed(b)) b_block = pack(b_copy, b_block, depth, columns);
+      if (!is_packed(b))
+        b_block = pack(scratch + KC * MC, b_block, depth, columns);
       for (size_t row = 0; row < m; row += MC) {
         size_t rows = smaller(MC, m - row);
         Mat a_block = part_from(a, row, first);
         if (a.column_stride != 1)
-          a_block = gather(a_copy, a_block, rows, depth);
+          a_block = gather(scratch, a_block, rows, depth);
         gemm_block(rows, columns, depth, a_block, b_block, accumulate,
                    c + row * c_stride + column, c_stride);
       }
@@ -4837,13 +4764,9 @@ static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int accumulate,
   size_t team = (size_t)threads();
   int by_rows = m >= n;
   if (a.column_stride == 1) by_rows = n < 2 * NR * team;
-  size_t width = n, tile = NR;
-  if (by_rows) {
-    width = m;
-    tile = MR;
-  }
+  size_t width = by_rows ? m : n, tile = by_rows ? MR : NR;
   size_t tiles = (width + tile - 1) / tile;
-  if (team > tiles) team = tiles;
+  team = smaller(team, tiles);
   if (m * n * k < 100000) team = 1; /* waking threads would cost more */
   real *scratch = mem_raw(team, GEMM_SCRATCH * sizeof *scratch);
 #pragma omp parallel for num_threads((int)team) schedule(static)
@@ -4896,16 +4819,14 @@ typedef union {
   double x;
   uint64_t bits;
 } Double;
-
 static uint32_t float_bits(float x) { return ((Float){.x = x}).bits; }
 static float bits_float(uint32_t bits) { return ((Float){.bits = bits}).x; }
 static uint64_t double_bits(double x) { return ((Double){.x = x}).bits; }
 static double bits_double(uint64_t bits) { return ((Double){.bits = bits}).x; }
 
-/* a*b + c rounded once, without hardware for it. The product of two floats
- * is exact in double; the sum is rounded to odd there (the last bit is set
- * if anything was lost), so that rounding it to float rounds once in effect
- * (Boldo and Melquiond, 2008). No branch, so that compilers can do many at
+/* The product of two floats is exact in double; the sum is rounded to odd
+ * there (the last bit is set if anything was lost), so that rounding it to
+ * float rounds once in effect. No branch, so that compilers can do many at
  * once. */
 float tbr_soft_fmaf(float a, float b, float c) {
   double product = (double)a * (double)b, addend = c;
@@ -4931,14 +4852,6 @@ static inline real madd(real a, real b, real c) {
 #endif
 }
 
-static real root(real x) {
-#ifdef TBR_DOUBLE
-  return sqrt(x);
-#else
-  return sqrtf(x);
-#endif
-}
-
 /* Added and taken off again, 1.5 * 2^52 rounds a double to a whole number,
  * which then stands in the lowest bits of the sum. */
 #define TO_WHOLE 6755399441055744.0
@@ -4946,23 +4859,25 @@ static real root(real x) {
 #define LN2_LOW 1.90821492927058770002e-10
 #define BITS_OF_ONE ((uint64_t)1023 << 52) /* of 1.0: the exponent's offset */
 
-/* Horner's rule over n coefficients, highest power first. */
-static double polynomial(double x, const double *coefficient, size_t n) {
-  double y = coefficient[0];
-  for (size_t i = 1; i < n; i++)
-    y = y * x + coefficient[i];
+/* 1/k!, the coefficients of Taylor's series. */
+static const double taylor[] = {
+    1 / 1.0,           1 / 1.0,           1 / 2.0,           1 / 6.0,
+    1 / 24.0,          1 / 120.0,         1 / 720.0,         1 / 5040.0,
+    1 / 40320.0,       1 / 362880.0,      1 / 3628800.0,     1 / 39916800.0,
+    1 / 479001600.0,   1 / 6227020800.0,  1 / 87178291200.0, 1 / 1307674368e3,
+    1 / 20922789888e3, 1 / 355687428096e3};
+
+/* The first n terms of c[0] + c[step] x + c[2 step] x^2 + ..., by Horner. */
+static double polynomial(double x, const double *c, size_t n, size_t step) {
+  double y = 0;
+  for (size_t i = n; i > 0; i--)
+    y = y * x + c[(i - 1) * step];
   return y;
 }
 
 /* exp(x) = 2^whole exp(rest), whole the integer nearest to x / ln 2 and |rest|
- * <= ln(2)/2, where Taylor's series to the 13th power serves. Arguments are
- * held within +-700. */
+ * <= ln(2)/2, where the series to the 13th power serves. */
 double tbr_exp(double x) {
-  static const double taylor[] = {
-      1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0,
-      1 / 362880.0,     1 / 40320.0,     1 / 5040.0,     1 / 720.0,
-      1 / 120.0,        1 / 24.0,        1 / 6.0,        1 / 2.0,
-      1 / 1.0,          1 / 1.0};
   if (x != x) return x;
   if (x > 700) x = 700;
   if (x < -700) x = -700;
@@ -4970,15 +4885,12 @@ double tbr_exp(double x) {
   double whole = sum - TO_WHOLE;
   double rest = x - whole * LN2_HIGH - whole * LN2_LOW;
   double power = bits_double((double_bits(sum) << 52) + BITS_OF_ONE);
-  return polynomial(rest, taylor, 14) * power;
+  return polynomial(rest, taylor, 14, 1) * power;
 }
 
 /* log(x) = power ln 2 + 2 atanh(s), with s = (m-1)/(m+1) and the mantissa m in
  * [sqrt(1/2), sqrt 2). */
 double tbr_log(double x) {
-  static const double series[] = {1 / 23.0, 1 / 21.0, 1 / 19.0, 1 / 17.0,
-                                  1 / 15.0, 1 / 13.0, 1 / 11.0, 1 / 9.0,
-                                  1 / 7.0,  1 / 5.0,  1 / 3.0,  1};
   if (x < 0) return NAN;
   if (x == 0) return -INFINITY;
   if (!(x <= DBL_MAX)) return x; /* infinity, or not a number */
@@ -4995,42 +4907,24 @@ double tbr_log(double x) {
     exponent++;
   }
   double s = (mantissa - 1) / (mantissa + 1);
-  double y = 2 * s * polynomial(s * s, series, 12);
+  double y = 0; /* atanh(s) / s = 1 + s^2/3 + s^4/5 + ... */
+  for (int k = 23; k > 0; k -= 2)
+    y = y * (s * s) + 1.0 / k;
   double power = exponent;
-  return power * LN2_HIGH + (power * LN2_LOW + y);
+  return power * LN2_HIGH + (power * LN2_LOW + 2 * s * y);
 }
 
-/* sin(x + quarter * pi/2), by Taylor in |rest| <= pi/4. |x| below 2^20. */
+/* sin(x + quarter * pi/2), by the series in |rest| <= pi/4. */
 static double turned_sine(double x, unsigned quarter) {
-  static const double odd[] = {1 / 355687428096000.0,
-                               -1 / 1307674368000.0,
-                               1 / 6227020800.0,
-                               -1 / 39916800.0,
-                               1 / 362880.0,
-                               -1 / 5040.0,
-                               1 / 120.0,
-                               -1 / 6.0,
-                               1 / 1.0};
-  static const double even[] = {1 / 20922789888000.0,
-                                -1 / 87178291200.0,
-                                1 / 479001600.0,
-                                -1 / 3628800.0,
-                                1 / 40320.0,
-                                -1 / 720.0,
-                                1 / 24.0,
-                                -1 / 2.0,
-                                1 / 1.0};
   double sum = x * 0.63661977236758134308 + TO_WHOLE;
   double whole = sum - TO_WHOLE;
   double rest =
       x - whole * 1.57079632673412561417e+00 - /* pi/2 in three parts */
       whole * 6.07710050630396597660e-11 - whole * 2.02226624879595063154e-21;
   quarter += (unsigned)(double_bits(sum) & 3);
-  double y;
-  if (quarter & 1)
-    y = polynomial(rest * rest, even, 9);
-  else
-    y = rest * polynomial(rest * rest, odd, 9);
+  size_t odd = ~quarter & 1; /* the powers of a sine, else of a cosine */
+  double y = polynomial(-(rest * rest), taylor + odd, 9, 2);
+  if (odd) y = rest * y;
   if (quarter & 2) return -y;
   return y;
 }
@@ -5038,7 +4932,7 @@ static double turned_sine(double x, unsigned quarter) {
 double tbr_sin(double x) { return turned_sine(x, 0); }
 double tbr_cos(double x) { return turned_sine(x, 1); }
 
-/* As tbr_exp, in single precision: Taylor to the 7th power, arguments held
+/* As tbr_exp, in single precision: the series to the 7th power, arguments held
  * within [-87, 88]. Compilers do many at once. */
 static inline real exp_real(real x) {
 #ifdef TBR_DOUBLE
@@ -5065,10 +4959,9 @@ static inline real exp_real(real x) {
 float tbr_expf(float x) { return (float)exp_real((real)x); }
 
 static real lane_sum(real *lane) {
-  for (size_t half = LANES / 2; half > 0; half /= 2) {
+  for (size_t half = LANES / 2; half > 0; half /= 2)
     for (size_t j = 0; j < half; j++)
       lane[j] += lane[j + half];
-  }
   return lane[0];
 }
 
@@ -5146,10 +5039,10 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
   if (hash == 0) hash = HASH_START;
   for (size_t i = 0; i < n; i++) {
     uint32_t bits = float_bits((float)x[i]);
-    unsigned char byte[4];
-    for (int k = 0; k < 4; k++)
-      byte[k] = (unsigned char)(bits >> 8 * k & 0xff);
-    hash = hash_bytes(hash, byte, sizeof byte);
+    for (int shift = 0; shift < 32; shift += 8) {
+      unsigned char byte = (unsigned char)(bits >> shift & 0xff);
+      hash = hash_bytes(hash, &byte, 1);
+    }
   }
   return hash;
 }
@@ -5170,7 +5063,6 @@ static struct {
 } global;
 
 void tbr_threads(int n) { global.threads = n < 256 ? n : 256; }
-
 void tbr_on_error(void (*handler)(const char *)) { global.handler = handler; }
 
 TBR_NORETURN static void give_up(const char *message) {
@@ -5190,20 +5082,21 @@ void tbr_fail(const char *format, ...) {
   give_up(message);
 }
 
-static void *mem_raw(size_t count, size_t size) {
-  if (size > 0 && count > SIZE_MAX / size)
+/* As realloc, but it never fails. */
+static void *mem_resize(void *memory, size_t count, size_t size) {
+  void *resized = NULL;
+  if (count <= SIZE_MAX / size) resized = realloc(memory, count * size);
+  if (!resized)
     tbr_fail(
-        "out of memory: %zu items of %zu bytes are more than this platform "
-        "can address",
+        "out of memory: %zu items of %zu bytes wanted; a smaller model, batch "
+        "or context needs less",
         count, size);
-  size_t bytes = count * size;
-  void *memory = malloc(bytes > 0 ? bytes : 1);
-  if (!memory)
-    tbr_fail(
-        "out of memory: %zu bytes wanted; a smaller model, batch or context "
-        "needs less",
-        bytes);
-  return memory;
+  return resized;
+}
+
+static void *mem_raw(size_t count, size_t size) {
+  if (count == 0) count = 1;
+  return mem_resize(NULL, count, size);
 }
 
 static void *mem_new(size_t count, size_t size) {
@@ -5213,14 +5106,11 @@ static void *mem_new(size_t count, size_t size) {
 static void *mem_grow(void *memory, size_t *capacity, size_t want,
                       size_t size) {
   if (want <= *capacity) return memory;
-  size_t n = 16;
-  if (n < want) n = want;
-  if (*capacity <= SIZE_MAX / 2 && *capacity * 2 > n) n = *capacity * 2;
-  void *grown = NULL;
-  if (n <= SIZE_MAX / size) grown = realloc(memory, n * size);
-  if (!grown) tbr_fail("out of memory: %zu items of %zu bytes wanted", n, size);
-  *capacity = n;
-  return grown;
+  size_t grown = smaller(*capacity, SIZE_MAX / 2) * 2;
+  if (grown < want) grown = want;
+  memory = mem_resize(memory, grown, size);
+  *capacity = grown;
+  return memory;
 }
 
 static real *mem_parts(const Extent *part, size_t parts) {
@@ -5229,8 +5119,7 @@ static real *mem_parts(const Extent *part, size_t parts) {
     if (part[i].n > SIZE_MAX - total) tbr_fail("out of memory: sizes overflow");
     total += part[i].n;
   }
-  real *block = mem_raw(total, sizeof *block);
-  real *next = block;
+  real *block = mem_raw(total, sizeof *block), *next = block;
   for (size_t i = 0; i < parts; i++) {
     *part[i].at = next;
     next += part[i].n;
@@ -5413,8 +5302,7 @@ static void progress(Progress *bar, size_t done, const char *note) {
   int complete = done >= bar->total;
   if (!complete && moment - bar->drawn < 0.2) return;
   bar->drawn = moment;
-  double share = 1, rate = 0, left = 0;
-  double spent = moment - bar->began;
+  double spent = moment - bar->began, share = 1, rate = 0, left = 0;
   if (bar->total > 0) share = (double)done / (double)bar->total;
   if (spent > 0) rate = (double)done / spent;
   if (rate > 0) left = (double)(bar->total - done) / rate;
