@@ -75,7 +75,7 @@ typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
  * name is new.
  * ====================================================================== */
 
-/* ---- Platform (chapter 14). What fails ends in tbr_fail. ---- */
+/* ---- chapter 14: platform. What fails ends in tbr_fail. ---------------- */
 
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -151,7 +151,7 @@ typedef struct {
 } Progress;
 static void progress(Progress *bar, size_t done, const char *note);
 
-/* ---- Exact arithmetic (chapter 13): the same bits everywhere ---- */
+/* ---- chapter 13: exact arithmetic, the same bits everywhere ------------ */
 
 /* Whether the compiler promises hardware for a*b + c rounded once. */
 #if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__)
@@ -201,7 +201,7 @@ static void shuffle(size_t *order, size_t n, Rng *rng);
 #define HASH_START 0xcbf29ce484222325ULL
 static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 
-/* ---- Matrix multiply (chapter 12) ---- */
+/* ---- chapter 12: matrix multiply --------------------------------------- */
 
 /* The sizes of the blocks that a product is cut into; no result depends on
  * them. */
@@ -266,7 +266,7 @@ static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
                         int accumulate, real *c, size_t c_stride,
                         real *scratch);
 
-/* ---- JSON, CSV, safetensors (chapter 11) */
+/* ---- chapter 11: JSON, CSV, safetensors -------------------------------- */
 
 /* Without white space: at both ends, cut in place; at the end, the length. */
 static char *trim(char *text);
@@ -375,7 +375,7 @@ static void st_write(const char *path, const char *metadata,
                      const TbrTensor *tensor, size_t n, const Block *block,
                      size_t n_blocks);
 
-/* ---- tokenizers (chapter 10) ------------------------------------------- */
+/* ---- chapter 10: tokenizers -------------------------------------------- */
 
 /* The marks of the dialogue, which are special tokens of its tokenizer. */
 enum { BOS, EOS, USER, ASSISTANT, THINK, END_THINK, MARKS };
@@ -838,8 +838,8 @@ static void embedding_forward(real *x, const real *table, const int32_t *ids,
     memcpy(x + r * dim, table + (size_t)ids[r] * dim, dim * sizeof *x);
 }
 
-/* dtable[ids[r]] += dx[r]. Threads share out columns, so that rows that meet
- * in one entry are added in order. */
+/* dtable[ids[r]] += dx[r]. Threads share out columns, so that rows with
+ * the same id are added in their order. */
 static void embedding_backward(real *dtable, const real *dx, const int32_t *ids,
                                size_t rows, size_t dim) {
 #pragma omp parallel for num_threads(threads())
@@ -1789,22 +1789,14 @@ void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
 /* ======================================================================
  * Chapter 5: AdamW, schedule, training loop
  *
- * One loop trains everything: sequences of tokens with targets go in,
- * whether they are windows of text or examples. A step takes the gradient of
- * a batch's mean loss, clips it, and hands it to AdamW (Loshchilov and
- * Hutter, 2019) with a learning rate that first rises and then falls. The
- * order of the data is a function of seed and step alone, and a checkpoint
- * holds everything else (weights and both moments, in one file that is
- * replaced in one instant), so a run that was killed goes on and ends with
- * the same bits. Left out: averaging of weights, lower precision.
+ * One loop trains everything: sequences of tokens with targets, be they
+ * windows of text or examples. A step takes the gradient of a batch's mean
+ * loss, clips it, and hands it to AdamW (Loshchilov and Hutter, 2019) with a
+ * learning rate that first rises and then falls. The order of the data is a
+ * function of seed and step alone, and a checkpoint holds everything else in
+ * one file that is replaced in one instant, so a run that was killed goes on
+ * and ends with the same bits. Left out: averaging of weights, lower precision.
  * ====================================================================== */
-
-/* Random orders of n sequences, a new one each epoch. */
-typedef struct {
-  size_t *shuffled; /* the order of one epoch; NULL: there is none yet */
-  size_t epoch, n;
-  uint64_t seed;
-} Order;
 
 /* One training at work. */
 typedef struct {
@@ -1813,10 +1805,11 @@ typedef struct {
   const TbrTraining *options;
   const char *directory; /* of checkpoints and the result; NULL: none */
   TbrActs *acts;
-  real *grad, *m, *v; /* (n_params): the gradient, AdamW's moments m and v */
-  Block state[3];     /* weights, m and v under their names on disk */
-  size_t step;        /* how many are done */
-  Order order;
+  real *grad;       /* (n_params), as all of the state */
+  Block state[3];   /* weights and AdamW's m and v, by their names on disk */
+  size_t step;      /* how many are done */
+  size_t *shuffled; /* the order of the data in one epoch; NULL: none yet */
+  size_t epoch;
   Buf log;       /* the lines of log.csv */
   char mark[17]; /* what is trained on what, as a hash */
 } Trainer;
@@ -1826,8 +1819,7 @@ typedef struct {
 /* The learning rate as a share of its peak: linear warm-up, for half of the
  * steps at most, then down to `last` along a line or half a cosine. */
 static double schedule(const TbrTraining *options, size_t step) {
-  size_t steps = options->steps, warmup = options->warmup;
-  if (warmup > steps / 2) warmup = steps / 2;
+  size_t steps = options->steps, warmup = smaller(options->warmup, steps / 2);
   if (step < warmup) return (double)(step + 1) / (double)warmup;
   double passed = (double)(step - warmup) / (double)(steps - warmup);
   double left = 1 - passed;
@@ -1835,7 +1827,7 @@ static double schedule(const TbrTraining *options, size_t step) {
   return options->last + (1 - options->last) * left;
 }
 
-/* The norm of all gradients; partial sums over fixed chunks, in order. */
+/* The norm of the gradient; partial sums over fixed chunks, in order. */
 static double gradient_norm(const real *grad, size_t n) {
   enum { CHUNK = 4096 };
   size_t chunks = (n + CHUNK - 1) / CHUNK;
@@ -1843,8 +1835,7 @@ static double gradient_norm(const real *grad, size_t n) {
 #pragma omp parallel for num_threads(threads())
   for (size_t i = 0; i < chunks; i++) {
     const real *chunk = grad + i * CHUNK;
-    size_t size = i + 1 < chunks ? CHUNK : n - i * CHUNK;
-    partial[i] = dot(chunk, chunk, size);
+    partial[i] = dot(chunk, chunk, smaller(CHUNK, n - i * CHUNK));
   }
   double sum = 0;
   for (size_t i = 0; i < chunks; i++)
@@ -1866,15 +1857,14 @@ static void adamw(const Trainer *trainer, double rate, real shrink) {
   double fix1 = 1 - tbr_exp(count * tbr_log(options->beta1));
   double fix2 = 1 - tbr_exp(count * tbr_log(options->beta2));
   real size = (real)(rate / fix1), root_fix2 = (real)sqrt(fix2);
-
   const TbrModel *model = trainer->model;
   const real *grad = trainer->grad;
-  real *w = model->param, *m = trainer->m, *v = trainer->v;
+  const Block *state = trainer->state;
+  real *w = state[0].at, *m = state[1].at, *v = state[2].at;
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *tensor = &model->tensor[i];
     size_t from = tensor->at, to = from + tensor->rows * tensor->columns;
-    int is_matrix = tensor->rows > 1;
-    real keep = is_matrix ? (real)(1 - rate * options->decay) : 1;
+    real keep = tensor->rows > 1 ? (real)(1 - rate * options->decay) : 1;
 #pragma omp parallel for simd num_threads(threads()) if (to - from > 20000)
     for (size_t j = from; j < to; j++) {
       real g = grad[j] * shrink;
@@ -1887,17 +1877,17 @@ static void adamw(const Trainer *trainer, double rate, real shrink) {
 
 /* ---- one step ---------------------------------------------------------- */
 
-/* The sequence that is drawn as number `drawn` since the start. */
-static size_t order_at(Order *order, size_t drawn) {
-  size_t epoch = drawn / order->n;
-  if (!order->shuffled || order->epoch != epoch) {
-    Rng rng = rng_stream(order->seed, FOR_ORDER, epoch);
-    free(order->shuffled);
-    order->shuffled = mem_raw(order->n, sizeof *order->shuffled);
-    shuffle(order->shuffled, order->n, &rng);
-    order->epoch = epoch;
+/* The sequence that is drawn as number `drawn` since the start: each epoch has
+ * all of them in a random order of its own. */
+static size_t draw_sequence(Trainer *trainer, size_t drawn) {
+  size_t n = trainer->data->n, epoch = drawn / n;
+  if (!trainer->shuffled || trainer->epoch != epoch) {
+    Rng rng = rng_stream(trainer->options->seed, FOR_ORDER, epoch);
+    if (!trainer->shuffled) trainer->shuffled = mem_raw(n, sizeof(size_t));
+    shuffle(trainer->shuffled, n, &rng);
+    trainer->epoch = epoch;
   }
-  return order->shuffled[drawn % order->n];
+  return trainer->shuffled[drawn % n];
 }
 
 /* How many tokens of a sequence the loss counts. */
@@ -1915,21 +1905,19 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
   const TbrModel *model = trainer->model;
   real *grad = trainer->grad;
   size_t batch = trainer->options->batch, drawn = trainer->step * batch;
-  /* Count over the whole batch, since the mean is over all of it. */
   size_t targets = 0;
   for (size_t i = 0; i < batch; i++)
-    targets += count_targets(data, order_at(&trainer->order, drawn + i));
+    targets += count_targets(data, draw_sequence(trainer, drawn + i));
   double scale = 1.0 / (double)targets, loss = 0;
-
   /* Gather sequences, and add up the gradient whenever memory is full. */
   TbrSequences part = {0};
   memset(grad, 0, model->n_params * sizeof *grad);
   *tokens = 0;
   for (size_t i = 0; i < batch; i++) {
-    size_t sequence = order_at(&trainer->order, drawn + i);
+    size_t sequence = draw_sequence(trainer, drawn + i);
     size_t first = data->first[sequence];
     size_t length = data->first[sequence + 1] - first;
-    if (part.n && part.tokens + length > trainer->acts->rows) {
+    if (part.tokens + length > trainer->acts->rows) {
       loss += tbr_loss(model, trainer->acts, &part, grad, scale);
       part.n = 0;
       part.tokens = 0;
@@ -1942,19 +1930,16 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
   return loss / (double)targets;
 }
 
-/* One step of the training. Returns the batch's mean loss; *tokens gets the
- * number of tokens that went through. */
+/* One step of the training; returns and sets what batch_gradient does. */
 static double train_step(Trainer *trainer, size_t *tokens) {
   const TbrTraining *options = trainer->options;
   double loss = batch_gradient(trainer, tokens);
   double norm = gradient_norm(trainer->grad, trainer->model->n_params);
   double rate = options->lr * schedule(options, trainer->step);
-  int is_sane = loss < 1e30 && norm < 1e30; /* which NaN isn't, either */
-  if (!is_sane)
+  if (!(loss < 1e30 && norm < 1e30)) /* NaN is not, either */
     tbr_fail("training diverged at step %zu (loss %g, gradient %g); "
              "a lower learning rate than %g should help",
              trainer->step, loss, norm, options->lr);
-  /* Clip the gradient, and change the weights. */
   double shrink = 1;
   if (options->clip > 0 && norm > options->clip) shrink = options->clip / norm;
   adamw(trainer, rate, (real)shrink);
@@ -1973,11 +1958,9 @@ static const char state_file[] = "optimizer.safetensors";
 static void trainer_mark(Trainer *trainer) {
   const TbrTraining *options = trainer->options;
   const TbrSequences *data = trainer->data;
-  const TbrModel *model = trainer->model;
   const uint64_t prime = 0x100000001b3ULL; /* of FNV-1a */
-  uint64_t hash = tbr_digest(0, model->param, model->n_params);
   Buf text = {0};
-  config_print(&text, &model->config);
+  config_print(&text, &trainer->model->config);
   buf_printf(&text,
              "%zu %zu %zu %zu %d %.17g %.17g %.17g %.17g %.17g %.17g %.17g "
              "%llu",
@@ -1985,17 +1968,16 @@ static void trainer_mark(Trainer *trainer) {
              options->cosine, options->lr, options->last, options->beta1,
              options->beta2, options->eps, options->decay, options->clip,
              (unsigned long long)options->seed);
+  uint64_t hash =
+      tbr_digest(0, trainer->model->param, trainer->model->n_params);
   hash = hash_bytes(hash, text.s, text.n);
   buf_free(&text);
   for (size_t i = 0; i < data->tokens; i++) {
-    hash *= prime;
-    hash ^= (uint64_t)(uint32_t)data->id[i];
-    hash ^= (uint64_t)(uint32_t)data->target[i] << 32;
+    uint64_t target = (uint32_t)data->target[i];
+    hash = (hash * prime) ^ (uint32_t)data->id[i] ^ (target << 32);
   }
-  for (size_t i = 0; i < data->n; i++) {
-    hash ^= (uint64_t)data->first[i];
-    hash *= prime;
-  }
+  for (size_t i = 0; i < data->n; i++)
+    hash = (hash ^ data->first[i]) * prime;
   snprintf(trainer->mark, sizeof trainer->mark, "%016llx",
            (unsigned long long)hash);
 }
@@ -2003,12 +1985,11 @@ static void trainer_mark(Trainer *trainer) {
 /* Writes a checkpoint. */
 static void trainer_save(const Trainer *trainer) {
   const TbrModel *model = trainer->model;
-  char step[24], *path = path_in(trainer->directory, state_file);
+  char *path = path_in(trainer->directory, state_file);
   Buf metadata = {0};
-  snprintf(step, sizeof step, "%zu", trainer->step);
   buf_char(&metadata, '{');
   json_field(&metadata, "training", trainer->mark);
-  json_field(&metadata, "step", step);
+  buf_printf(&metadata, ", \"step\": \"%zu\"", trainer->step);
   json_field(&metadata, "log", trainer->log.s);
   buf_char(&metadata, '}');
   st_write(path, metadata.s, model->tensor, model->n_tensors, trainer->state,
@@ -2042,23 +2023,12 @@ static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
   return is_own;
 }
 
-/* Writes tokenizer, log and at last the model, which says that all is done. */
-static void trainer_finish(const Trainer *trainer, const TbrTokenizer *tok) {
-  const char *directory = trainer->directory;
-  char *path = path_in(directory, state_file);
-  tbr_tokenizer_save(tok, directory);
-  write_in(directory, "log.csv", trainer->log.s, trainer->log.n);
-  tbr_model_save(trainer->model, directory, tbr_special(tok, "<|bos|>"),
-                 tbr_special(tok, "<|eos|>"), trainer->mark);
-  remove(path);
-  free(path);
-}
-
 /* ---- the whole training ------------------------------------------------ */
 
-/* Fails if the options or the data cannot work. */
-static void training_check(const TbrTraining *options,
-                           const TbrSequences *data) {
+/* Fails if the options or the data cannot work; returns the length of the
+ * longest sequence. */
+static size_t training_check(const TbrTraining *options,
+                             const TbrSequences *data) {
   double beta1 = options->beta1, beta2 = options->beta2;
   int betas_fit = beta1 >= 0 && beta1 < 1 && beta2 >= 0 && beta2 < 1;
   if (data->n == 0) tbr_fail("there is nothing to train on");
@@ -2066,31 +2036,22 @@ static void training_check(const TbrTraining *options,
     tbr_fail("steps and batch must be at least 1");
   if (!(options->lr > 0) || !betas_fit)
     tbr_fail("learning rate must be above 0, and betas within 0 and 1");
-  for (size_t i = 0; i < data->n; i++)
-    if (count_targets(data, i) == 0)
-      tbr_fail("sequence %zu has nothing to learn in it", i);
-}
-
-/* How many tokens go through the model at a time: as many as the options say,
- * but no more than a batch can have, and no less than the longest sequence. */
-static size_t training_rows(const TbrTraining *options,
-                            const TbrSequences *data) {
   size_t longest = 0;
   for (size_t i = 0; i < data->n; i++) {
     size_t length = data->first[i + 1] - data->first[i];
     if (length > longest) longest = length;
+    if (count_targets(data, i) == 0)
+      tbr_fail("sequence %zu has nothing to learn in it", i);
   }
-  size_t most = times(options->batch, longest);
-  if (options->rows < longest) return longest;
-  return options->rows < most ? options->rows : most;
+  return longest;
 }
 
 size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   const TbrConfig *config = &model->config;
-  size_t longest = rows < config->context ? rows : config->context;
   size_t numbers = times(4, model->n_params);
   numbers += LOSS_ROWS * (4 * config->dim + config->vocab);
-  numbers += (size_t)threads() * attention_scratch(longest);
+  numbers +=
+      (size_t)threads() * attention_scratch(smaller(rows, config->context));
   TbrActs acts;
   Extent part[ACTS];
   acts_parts(&acts, config, rows, 1, part);
@@ -2103,19 +2064,19 @@ size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
 static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
                              const TbrTraining *options,
                              const char *directory) {
-  training_check(options, data);
+  /* No more rows than a batch can have, and all of the longest sequence. */
+  size_t n = model->n_params, longest = training_check(options, data);
+  size_t rows = smaller(options->rows, times(options->batch, longest));
+  if (rows < longest) rows = longest;
   Trainer trainer = {.model = model,
                      .data = data,
                      .options = options,
                      .directory = directory,
-                     .order = {.n = data->n, .seed = options->seed}};
-  trainer.grad = mem_new(model->n_params, sizeof(real));
-  trainer.m = mem_new(model->n_params, sizeof(real));
-  trainer.v = mem_new(model->n_params, sizeof(real));
-  trainer.acts = tbr_acts_new(model, training_rows(options, data));
-  trainer.state[0] = (Block){"", model->param};
-  trainer.state[1] = (Block){"moment1.", trainer.m};
-  trainer.state[2] = (Block){"moment2.", trainer.v};
+                     .acts = tbr_acts_new(model, rows),
+                     .grad = mem_raw(n, sizeof(real)),
+                     .state = {{"", model->param},
+                               {"moment1.", mem_new(n, sizeof(real))},
+                               {"moment2.", mem_new(n, sizeof(real))}}};
   trainer_mark(&trainer);
   buf_str(&trainer.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   return trainer;
@@ -2124,32 +2085,30 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
 static void trainer_free(Trainer *trainer) {
   tbr_acts_free(trainer->acts);
   free(trainer->grad);
-  free(trainer->m);
-  free(trainer->v);
-  free(trainer->order.shuffled);
+  free(trainer->state[1].at);
+  free(trainer->state[2].at);
+  free(trainer->shuffled);
   buf_free(&trainer->log);
 }
 
 /* Takes all steps that are left, and writes the checkpoints; returns the loss
  * of the last step. */
 static double trainer_run(Trainer *trainer, const char *label) {
-  size_t steps = trainer->options->steps;
-  size_t save_every = trainer->options->save_every;
+  size_t steps = trainer->options->steps, every = trainer->options->save_every;
   size_t start = trainer->step, all_tokens = 0;
   Progress bar = {.label = label, .unit = "tokens", .total = steps};
   double loss = 0;
   while (trainer->step < steps) {
     size_t tokens;
+    char note[40];
     loss = train_step(trainer, &tokens);
     all_tokens += tokens;
-    /* Show how far it is. */
-    char note[40];
-    snprintf(note, sizeof note, "loss %.3f", loss);
     bar.units_per_item = (double)all_tokens / (double)(trainer->step - start);
+    snprintf(note, sizeof note, "loss %.3f", loss);
     progress(&bar, trainer->step, note);
-    /* Save, but for the last step, behind which the model is written. */
-    int saves = trainer->directory && save_every && trainer->step < steps;
-    if (saves && trainer->step % save_every == 0) trainer_save(trainer);
+    /* Not behind the last step, where the model itself is written. */
+    int saves = trainer->directory && every && trainer->step < steps;
+    if (saves && trainer->step % every == 0) trainer_save(trainer);
   }
   return loss;
 }
@@ -2164,12 +2123,19 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   } else if (trainer_load(&trainer, "model.safetensors", 1)) {
     fprintf(stderr, "tbr: %s: is trained already\n", directory);
   } else {
+    char *state = path_in(directory, state_file);
     make_directory(directory);
     if (trainer_load(&trainer, state_file, 3))
       fprintf(stderr, "tbr: %s: going on from step %zu\n", directory,
               trainer.step);
     loss = trainer_run(&trainer, label);
-    trainer_finish(&trainer, tok);
+    /* The model comes last, since it says that all is done. */
+    tbr_tokenizer_save(tok, directory);
+    write_in(directory, "log.csv", trainer.log.s, trainer.log.n);
+    tbr_model_save(model, directory, tbr_special(tok, "<|bos|>"),
+                   tbr_special(tok, "<|eos|>"), trainer.mark);
+    remove(state);
+    free(state);
   }
   trainer_free(&trainer);
   return loss;
@@ -2181,29 +2147,25 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
  * Many prompts are answered at once. Each has a slot in one cache of keys
  * and values; every round runs the model once over one new token of each
  * sequence, and over the whole prompt of those that just came in. Who is done
- * leaves the slot to the next. What a prompt is answered depends neither on
- * its neighbours nor on the number of slots: rows do not mix, and each prompt
- * draws from a random stream of its own. Left out: beams, repetition
- * penalties, speculation.
+ * leaves the slot to the next. No answer depends on its neighbours or on the
+ * number of slots: rows do not mix, and each prompt draws from a random stream
+ * of its own. Left out: beams, repetition penalties, speculation.
  * ====================================================================== */
 
-enum {
-  SLOTS = 64,               /* sequences at a time, at most */
-  PROMPT_ROWS = 16 * SLOTS, /* tokens of a round, and one prompt */
-};
+enum { SLOTS = 64 };               /* sequences at a time, at most */
+enum { PROMPT_ROWS = 16 * SLOTS }; /* tokens of a round, and one prompt */
 
 /* ---- the model with a cache -------------------------------------------- */
 
 /* A model made ready for generation: packed weights, cache, scratch. */
 typedef struct {
   const TbrModel *model;
-  real *block;   /* holds all of the numbers below */
-  real *weights; /* W^T of all matrices, packed */
-  Layer *layer;  /* whose W^T are there */
-  Mat classify;  /* W^T of the classifier */
+  real *block;  /* holds W^T of all matrices, packed, cache and logits */
+  Layer *layer; /* whose W^T are there */
+  Mat classify; /* W^T of the classifier */
   Cache cache;
   TbrActs *acts;
-  real *x, *rstd, *norm, *logits; /* of the last row of each span */
+  real *logits; /* of the last row of each span */
 } Decoder;
 
 /* Packs W^T, w (out,in), and moves *to behind it. */
@@ -2213,21 +2175,37 @@ static Mat pack_weights(real **to, const real *w, size_t out, size_t in) {
   return packed_w;
 }
 
-/* The numbers of all packed weights. */
-static size_t packed_size(const TbrConfig *config) {
-  size_t dim = config->dim, hidden = config->hidden;
-  size_t layer = (packed(qkv_width(config)) + packed(2 * hidden)) * dim +
-                 packed(dim) * (q_width(config) + hidden);
-  return times(packed(config->vocab), dim) + times(config->layers, layer);
-}
-
-/* Packs the weights of the model. */
-static void decoder_pack(Decoder *decoder) {
-  const TbrConfig *config = &decoder->model->config;
-  real *param = decoder->model->param, *to = decoder->weights;
-  size_t dim = config->dim, hidden = config->hidden;
+/* For `slots` sequences of at most `length` tokens, `rows` in one round. */
+static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
+                            size_t rows) {
+  const TbrConfig *config = &model->config;
+  size_t dim = config->dim, hidden = config->hidden, vocab = config->vocab;
+  size_t heads = times(times(config->layers, slots), config->kv_heads);
+  size_t positions = times(heads, packed(length));
+  size_t keys = times(positions, config->head_dim);
+  size_t values = times(positions, packed(config->head_dim));
+  size_t most = 0; /* that the packed weights take: each rounded up alone */
+  for (size_t i = 0; i < model->n_tensors; i++)
+    most += times(packed(model->tensor[i].rows), model->tensor[i].columns);
+  real *to;
+  Decoder *decoder = mem_new(1, sizeof *decoder);
+  Cache *cache = &decoder->cache;
+  const Extent part[] = {{&to, most},
+                         {&cache->keys, keys},
+                         {&cache->values, values},
+                         {&decoder->logits, times(slots, vocab)}};
+  decoder->block = mem_parts(part, sizeof part / sizeof *part);
+  decoder->model = model;
+  decoder->acts = acts_new(model, rows, 0);
+  decoder->layer = mem_new(config->layers, sizeof *decoder->layer);
+  cache->slots = slots;
+  cache->length = length;
+  /* Panels of the cache are read whole, also where nothing was stored. */
+  memset(cache->keys, 0, keys * sizeof(real));
+  memset(cache->values, 0, values * sizeof(real));
+  /* Pack the weights. */
   for (size_t l = 0; l < config->layers; l++) {
-    Layer layer = layer_at(config, param, l);
+    Layer layer = layer_at(config, model->param, l);
     layer.qkv_t = pack_weights(&to, layer.qkv, qkv_width(config), dim);
     layer.out_t = pack_weights(&to, layer.out, dim, q_width(config));
     layer.gate_up_t = pack_weights(&to, layer.gate_up, 2 * hidden, dim);
@@ -2235,37 +2213,7 @@ static void decoder_pack(Decoder *decoder) {
     decoder->layer[l] = layer;
   }
   decoder->classify =
-      pack_weights(&to, classifier(config, param), config->vocab, dim);
-}
-
-/* For `slots` sequences of at most `length` tokens, `rows` of them in one
- * round; free with decoder_free. */
-static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
-                            size_t rows) {
-  const TbrConfig *config = &model->config;
-  size_t heads = times(times(config->layers, slots), config->kv_heads);
-  size_t positions = times(heads, packed(length));
-  size_t keys = times(positions, config->head_dim);
-  size_t values = times(positions, packed(config->head_dim));
-  Decoder *decoder = mem_new(1, sizeof *decoder);
-  Cache *cache = &decoder->cache;
-  const Extent part[] = {{&decoder->weights, packed_size(config)},
-                         {&cache->keys, keys},
-                         {&cache->values, values},
-                         {&decoder->x, times(slots, config->dim)},
-                         {&decoder->norm, times(slots, config->dim)},
-                         {&decoder->rstd, slots},
-                         {&decoder->logits, times(slots, config->vocab)}};
-  decoder->block = mem_parts(part, sizeof part / sizeof *part);
-  decoder->model = model;
-  decoder->acts = acts_new(model, rows, 0);
-  cache->slots = slots;
-  cache->length = length;
-  /* Panels of the cache are read whole, also where nothing was stored. */
-  memset(cache->keys, 0, keys * sizeof(real));
-  memset(cache->values, 0, values * sizeof(real));
-  decoder->layer = mem_new(config->layers, sizeof *decoder->layer);
-  decoder_pack(decoder);
+      pack_weights(&to, classifier(config, model->param), vocab, dim);
   return decoder;
 }
 
@@ -2288,16 +2236,18 @@ static void decoder_step(Decoder *decoder, const int32_t *id, size_t rows,
   embedding_forward(acts->residual, param, id, rows, dim);
   for (size_t l = 0; l < config->layers; l++)
     layer_forward(config, &decoder->layer[l], acts, l, &batch, &decoder->cache);
+  /* Gather the last rows; the layers are done with their arrays. */
+  LayerActs free_now = acts_at(config, acts, 0);
+  real *last = free_now.middle;
   for (size_t i = 0; i < n_spans; i++) {
-    size_t last = spans[i].row + spans[i].n - 1;
-    memcpy(decoder->x + i * dim, acts->residual + last * dim,
-           dim * sizeof(real));
+    size_t row = spans[i].row + spans[i].n - 1;
+    memcpy(last + i * dim, acts->residual + row * dim, dim * sizeof(real));
   }
-  rmsnorm_forward(decoder->norm, decoder->rstd, decoder->x,
-                  final_norm(config, param), n_spans, dim,
-                  (real)config->norm_eps);
-  linear_forward(decoder->logits, decoder->norm, decoder->classify, n_spans,
-                 dim, config->vocab);
+  rmsnorm_forward(acts->normed, free_now.rstd1, last, final_norm(config, param),
+                  n_spans, dim, (real)config->norm_eps);
+  /* logits (n_spans,vocab) = normed (n_spans,dim) classify (dim,vocab) */
+  linear_forward(decoder->logits, acts->normed, decoder->classify, n_spans, dim,
+                 config->vocab);
 }
 
 /* ---- choosing the next token ------------------------------------------- */
@@ -2308,15 +2258,7 @@ typedef struct {
   int32_t id;
 } Candidate;
 
-/* Those that are left, and the sum of their weights. */
-typedef struct {
-  Candidate *item;
-  size_t n;
-  double sum;
-} Candidates;
-
-/* For qsort: the heavier first; of equals the lower id, so that the order is
- * total. */
+/* For qsort: the heavier first; of equals the lower id, for a total order. */
 static int candidate_order(const void *a, const void *b) {
   const Candidate *x = a, *y = b;
   if (x->weight > y->weight) return -1;
@@ -2324,64 +2266,43 @@ static int candidate_order(const void *a, const void *b) {
   return (x->id > y->id) - (x->id < y->id);
 }
 
-/* The likeliest token; of equals the lowest id. */
-static int32_t argmax(const real *logits, size_t vocab) {
-  real max = largest(logits, vocab);
-  size_t best = 0;
-  while (best + 1 < vocab && logits[best] < max)
-    best++;
-  return (int32_t)best;
-}
-
-/* All tokens, weighed by softmax(logits / temperature). */
-static Candidates weigh(const real *logits, size_t vocab, double temperature) {
-  real max = largest(logits, vocab), sharpness = (real)(1 / temperature);
-  Candidate *item = mem_raw(vocab, sizeof *item);
-  double sum = 0;
-  for (size_t i = 0; i < vocab; i++) {
-    item[i].weight = exp_real((logits[i] - max) * sharpness);
-    item[i].id = (int32_t)i;
-    sum += (double)item[i].weight;
-  }
-  return (Candidates){.item = item, .n = vocab, .sum = sum};
-}
-
-/* Keeps the fewest that hold top_p of the mass, at least one (nucleus
- * sampling: Holtzman et al., 2020). */
-static void keep_top_p(Candidates *left, double top_p) {
-  const Candidate *item = left->item;
-  qsort(left->item, left->n, sizeof *item, candidate_order);
-  double kept = (double)item[0].weight;
-  size_t n = 1;
-  while (n < left->n && kept < top_p * left->sum) {
-    kept += (double)item[n].weight;
-    n++;
-  }
-  left->n = n;
-  left->sum = kept;
-}
-
-/* Draws one of those that are left, by weight. */
-static int32_t draw_candidate(const Candidates *left, Rng *rng) {
-  double rest = rng_uniform(rng) * left->sum;
-  size_t i = 0;
-  while (i + 1 < left->n && rest >= (double)left->item[i].weight) {
-    rest -= (double)left->item[i].weight;
-    i++;
-  }
-  return left->item[i].id;
-}
-
-/* The next token, by its logits (vocab): the likeliest at temperature 0, else
- * drawn from those that the options leave. */
+/* The next token, by its logits (vocab): at temperature 0 the likeliest, of
+ * equals the lowest id; else drawn by softmax(logits / temperature) from the
+ * fewest tokens that hold top_p of the mass, at least one (nucleus sampling:
+ * Holtzman et al., 2020). */
 static int32_t choose(const real *logits, size_t vocab,
                       const TbrSampling *options, Rng *rng) {
-  int is_greedy = !(options->temperature > 1e-6);
-  if (is_greedy) return argmax(logits, vocab);
-  Candidates left = weigh(logits, vocab, options->temperature);
-  if (options->top_p < 1) keep_top_p(&left, options->top_p);
-  int32_t id = draw_candidate(&left, rng);
-  free(left.item);
+  real max = largest(logits, vocab);
+  size_t i = 0;
+  if (!(options->temperature > 1e-6)) {
+    while (i + 1 < vocab && logits[i] < max)
+      i++;
+    return (int32_t)i;
+  }
+  /* Weigh all tokens. */
+  real sharpness = (real)(1 / options->temperature);
+  Candidate *item = mem_raw(vocab, sizeof *item);
+  double sum = 0;
+  for (size_t j = 0; j < vocab; j++) {
+    item[j].weight = exp_real((logits[j] - max) * sharpness);
+    item[j].id = (int32_t)j;
+    sum += (double)item[j].weight;
+  }
+  /* Keep the heaviest. */
+  size_t n = vocab;
+  if (options->top_p < 1) {
+    qsort(item, vocab, sizeof *item, candidate_order);
+    double kept = (double)item[0].weight;
+    for (n = 1; n < vocab && kept < options->top_p * sum; n++)
+      kept += (double)item[n].weight;
+    sum = kept;
+  }
+  /* Draw one of the n that are left. */
+  double rest = rng_uniform(rng) * sum;
+  for (; i + 1 < n && rest >= (double)item[i].weight; i++)
+    rest -= (double)item[i].weight;
+  int32_t id = item[i].id;
+  free(item);
   return id;
 }
 
@@ -2402,47 +2323,38 @@ typedef struct {
   const TbrSampling *options;
   Decoder *decoder;
   Slot slot[SLOTS];
-  size_t room; /* tokens that leave no place for one more prompt */
   int32_t *id; /* (rows) the new tokens of this round */
   size_t rows;
   Span spans[SLOTS]; /* which of them belong to which slot */
   size_t n_spans;
 } Round;
 
-/* Adds n new tokens of a slot's sequence to the round. */
-static void round_add(Round *round, size_t s, const int32_t *id, size_t n) {
-  Span span = {
-      .row = round->rows, .n = n, .past = round->slot[s].past, .slot = s};
-  memcpy(round->id + round->rows, id, n * sizeof *id);
-  round->spans[round->n_spans] = span;
-  round->n_spans++;
-  round->rows += n;
-}
-
-/* Gives a free slot the next prompt, if there is one and it has room in this
- * round. */
-static void round_begin(Round *round, size_t s) {
-  size_t number = round->begun;
-  if (number == round->n_prompts) return;
-  const TbrTokens *prompt = &round->prompt[number];
-  if (round->rows + prompt->n > round->room) return;
-  Rng rng = rng_stream(round->options->seed, FOR_SAMPLING, number);
-  round->slot[s] = (Slot){.answer = &round->answer[number], .rng = rng};
-  round->begun++;
-  round_add(round, s, prompt->id, prompt->n);
-}
-
-/* Gathers the new tokens of all sequences: of those in work the last one. */
+/* Gathers the new tokens of all sequences: of those in work the last one; in a
+ * free slot the next prompt, if there is one that the round has room for. */
 static void round_gather(Round *round) {
   round->rows = 0;
   round->n_spans = 0;
   for (size_t s = 0; s < round->decoder->cache.slots; s++) {
-    const TbrTokens *answer = round->slot[s].answer;
-    if (answer) {
-      round_add(round, s, &answer->id[answer->n - 1], 1);
+    Slot *slot = &round->slot[s];
+    const int32_t *id;
+    size_t n = 1, next = round->begun;
+    if (slot->answer) {
+      id = &slot->answer->id[slot->answer->n - 1];
     } else {
-      round_begin(round, s);
+      if (next == round->n_prompts) continue;
+      id = round->prompt[next].id;
+      n = round->prompt[next].n;
+      /* Those in work must still find a row. */
+      if (round->rows + n + SLOTS > round->decoder->acts->rows) continue;
+      Rng rng = rng_stream(round->options->seed, FOR_SAMPLING, next);
+      *slot = (Slot){.answer = &round->answer[next], .rng = rng};
+      round->begun++;
     }
+    memcpy(round->id + round->rows, id, n * sizeof *id);
+    round->spans[round->n_spans] =
+        (Span){.row = round->rows, .n = n, .past = slot->past, .slot = s};
+    round->n_spans++;
+    round->rows += n;
   }
 }
 
@@ -2453,17 +2365,16 @@ static void round_choose(Round *round) {
   size_t vocab = decoder->model->config.vocab;
   for (size_t i = 0; i < round->n_spans; i++) {
     Slot *slot = &round->slot[round->spans[i].slot];
-    const real *logits = decoder->logits + i * vocab;
-    int32_t id = choose(logits, vocab, options, &slot->rng);
+    int32_t id =
+        choose(decoder->logits + i * vocab, vocab, options, &slot->rng);
     int is_end = id == options->stop[0] || id == options->stop[1];
     if (!is_end) tokens_add(slot->answer, id);
     slot->past += round->spans[i].n;
     int is_full = slot->answer->n >= options->tokens ||
                   slot->past >= decoder->cache.length;
-    if (is_end || is_full) {
-      slot->answer = NULL;
-      round->done++;
-    }
+    if (!is_end && !is_full) continue;
+    slot->answer = NULL;
+    round->done++;
   }
 }
 
@@ -2490,16 +2401,13 @@ TbrTokens *tbr_generate(const TbrModel *model, const TbrTokens *prompt,
   size_t longest = prompts_check(&model->config, prompt, n);
   if (n == 0 || options->tokens == 0) return answer;
   /* What the cache must hold, and a round at most. */
-  size_t slots = n < SLOTS ? n : SLOTS, length = model->config.context;
-  if (options->tokens < length - longest) length = longest + options->tokens;
-  size_t room = PROMPT_ROWS + longest, most_rows = room + SLOTS;
-  Round round = {.prompt = prompt,
-                 .answer = answer,
-                 .n_prompts = n,
-                 .options = options,
-                 .room = room};
-  round.decoder = decoder_new(model, slots, length, most_rows);
-  round.id = mem_raw(most_rows, sizeof *round.id);
+  size_t left = model->config.context - longest;
+  size_t length = longest + smaller(options->tokens, left);
+  size_t rows = PROMPT_ROWS + longest + SLOTS;
+  Round round = {
+      .prompt = prompt, .answer = answer, .n_prompts = n, .options = options};
+  round.decoder = decoder_new(model, smaller(n, SLOTS), length, rows);
+  round.id = mem_raw(rows, sizeof *round.id);
   Progress bar = {
       .label = label, .unit = "prompts", .total = n, .units_per_item = 1};
   while (round.done < n) {
@@ -5050,10 +4958,12 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
 /* ======================================================================
  * Chapter 14: platform: errors, memory, files, threads
  *
- * Everything that differs between systems is here, and nothing else is.
- * An error never returns to the caller: tbr_fail says what is wrong and what
- * would be right, and hands over to the handler (which by default ends the
- * program). So no function needs an error path, and none can forget one.
+ * What calls the system stands here, and what all chapters need: memory, text
+ * that grows, files, threads. Switches for a system or a compiler stand at the
+ * top of the file and in chapter 12. An error never returns to the caller:
+ * tbr_fail says what is wrong and what would be right, and hands over to the
+ * handler (which by default ends the program). So no function needs an error
+ * path, and none can forget one.
  * ====================================================================== */
 
 /* The one place of mutable state in the whole program. */

@@ -194,10 +194,10 @@ static void test_adamw(void) {
   TbrModel *m = small_model(1, 2);
   size_t n = m->n_params;
   TbrTraining o = some_training();
-  Trainer t = {.model = m, .options = &o};
-  real *grad = t.grad = mem_new(n, sizeof *grad);
-  t.m = mem_new(n, sizeof *t.m);
-  t.v = mem_new(n, sizeof *t.v);
+  real *grad = mem_new(n, sizeof *grad);
+  real *mean = mem_new(n, sizeof *mean), *square = mem_new(n, sizeof *square);
+  Trainer t = {.model = m, .options = &o, .grad = grad,
+               .state = {{"", m->param}, {"", mean}, {"", square}}};
   double *w = mem_new(n, sizeof *w), *a = mem_new(n, sizeof *a);
   double *b = mem_new(n, sizeof *b), worst = 0;
   Rng r = rng_stream(4, FOR_INIT, 0);
@@ -221,7 +221,7 @@ static void test_adamw(void) {
     }
   }
   AT_MOST(worst, 1e-6);
-  free(grad), free(t.m), free(t.v), free(w), free(a), free(b);
+  free(grad), free(mean), free(square), free(w), free(a), free(b);
   tbr_model_free(m);
 }
 
@@ -356,16 +356,18 @@ static void test_mark_tells_heads(void) {
 static void test_order(void) {
   enum { N = 50 };
   size_t epoch[3][N], seen[3][N] = {{0}};
-  Order o = {.n = N, .seed = 7}, late = o;
+  TbrSequences data = {.n = N};
+  TbrTraining options = {.seed = 7};
+  Trainer t = {.data = &data, .options = &options}, late = t;
   for (size_t i = 0; i < 3 * N; i++) {
-    epoch[i / N][i % N] = order_at(&o, i);
-    seen[i / N][order_at(&o, i)]++;
+    epoch[i / N][i % N] = draw_sequence(&t, i);
+    seen[i / N][draw_sequence(&t, i)]++;
   }
   for (size_t i = 0; i < 3 * N; i++) EQUAL(seen[i / N][i % N], 1u);
   CHECK(memcmp(epoch[0], epoch[1], sizeof epoch[0]));
   CHECK(memcmp(epoch[1], epoch[2], sizeof epoch[0]));
-  EQUAL(order_at(&late, 2 * N + 3), epoch[2][3]); /* as after a resume */
-  free(o.shuffled), free(late.shuffled);
+  EQUAL(draw_sequence(&late, 2 * N + 3), epoch[2][3]); /* as after a resume */
+  free(t.shuffled), free(late.shuffled);
 }
 
 static void train_badly(size_t steps, size_t batch, double lr) {
