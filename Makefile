@@ -1,4 +1,5 @@
-# tbr: `make` builds, `make test` tests, `make bench` measures. For GNU make.
+# tbr: `make` builds, `make test` tests, `make bench` measures, `make results`
+# compares what the built-in experiment gives with what it gave. For GNU make.
 # The programs of the experiment, out/world and out/ablation, are built the
 # same way from the files in data/.
 #
@@ -59,6 +60,9 @@ bench: tbr
 portability: tbr
 	@sh test/portability.sh
 
+results: all
+	@sh test/results.sh
+
 lint:
 	@for cc in gcc clang; do \
 	  command -v $$cc >/dev/null || continue; \
@@ -73,4 +77,4 @@ lint:
 clean:
 	rm -rf tbr test/out .built .probe.c .probe.out
 
-.PHONY: all always test bench portability lint clean
+.PHONY: all always test bench portability results lint clean
