@@ -475,18 +475,18 @@ static void test_cache(void) {
   tbr_logits(m, a, &b, z);
   Decoder *d = decoder_new(m, TWO, N, N + 1);
   Span one = {0, 5, 0, 1};
-  decoder_step(d, id, 5, &one, 1); /* slot 1 begins with five tokens */
+  decoder_step(d, id, &(Batch){5, 1, &one}); /* slot 1 begins with five tokens */
   BITS(d->logits, z + 4 * VOCAB, VOCAB);
   for (size_t i = 5; i < 40; i++) {
     one = (Span){0, 1, i, 1};
-    decoder_step(d, id + i, 1, &one, 1);
+    decoder_step(d, id + i, &(Batch){1, 1, &one});
     BITS(d->logits, z + i * VOCAB, VOCAB);
   }
   int32_t mixed[N];
   mixed[0] = id[40]; /* slot 1 goes on while slot 0 takes a long prompt */
   memcpy(mixed + 1, id, 110 * sizeof *id);
   Span both[TWO] = {{0, 1, 40, 1}, {1, 110, 0, 0}};
-  decoder_step(d, mixed, 111, both, TWO);
+  decoder_step(d, mixed, &(Batch){111, TWO, both});
   BITS(d->logits, z + 40 * VOCAB, VOCAB);
   BITS(d->logits + VOCAB, z + 109 * VOCAB, VOCAB);
   decoder_free(d);
