@@ -510,7 +510,7 @@ static void examples_spread(TbrExamples *list, size_t n) {
  * What exactly is trained. One row, with what is learnt underlined:
  *
  *   <bos><user> prompt <assistant><think> reflection </think> response <eos>
- *                                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+ *                                 ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
  *
  * The model reads the prompt and learns all that stands behind <assistant>,
  * so it learns to reflect as well as to respond. A row without reflection has
@@ -5031,25 +5031,26 @@ typedef struct {
 /* The words that end a WORD's help stand in the order of their enum in tbr.h.
  */
 #define AT(field) offsetof(Options, field)
+#define STRING_AT(field) STRING, AT(field), ""
 static const Option option[] = {
-    {"general", STRING, AT(general), "", "d", "file of general examples"},
-    {"safety", STRING, AT(safety), "", "d", "file of safety examples"},
+    {"general", STRING_AT(general), "d", "file of general examples"},
+    {"safety", STRING_AT(safety), "d", "file of safety examples"},
     {"reflection", WORD, AT(reflection), "safety", "d",
      "rows that reflect: none safety all"},
     {"share", SHARE, AT(share), "0", "d", "of general rows that reflect, too"},
     {"general-rows", COUNT, AT(general_rows), "0", "d", "the first N; 0: all"},
     {"safety-rows", COUNT, AT(safety_rows), "0", "d", "the first N; 0: all"},
-    {"in", STRING, AT(in), "", "d", "file that is only to be converted"},
+    {"in", STRING_AT(in), "d", "file that is only to be converted"},
     {"form", WORD, AT(form), "native", "d", "form written: native messages"},
-    {"data", STRING, AT(data), "", "t", "file of examples to train on"},
-    {"model", STRING, AT(model), "", "sge", "directory or .bin of a model"},
-    {"base", STRING, AT(base), "", "tm", "model to begin with"},
-    {"tokenizer", STRING, AT(tokenizer), "", "sptgem", "path, or the model's"},
-    {"text", STRING, AT(text), "", "kp", "file of text, a document a line"},
-    {"prompts", STRING, AT(prompts), "", "e", "file of prompts to answer"},
-    {"prompt", STRING, AT(prompt), "", "g", "text to answer or go on from"},
+    {"data", STRING_AT(data), "t", "file of examples to train on"},
+    {"model", STRING_AT(model), "sge", "directory or .bin of a model"},
+    {"base", STRING_AT(base), "tm", "model to begin with"},
+    {"tokenizer", STRING_AT(tokenizer), "sptgem", "path, or the model's"},
+    {"text", STRING_AT(text), "kp", "file of text, a document a line"},
+    {"prompts", STRING_AT(prompts), "e", "file of prompts to answer"},
+    {"prompt", STRING_AT(prompt), "g", "text to answer or go on from"},
     {"out", STRING, AT(out), "out", "dkptem", "directory or file to write"},
-    {"name", STRING, AT(name), "", "te", "name in progress and results"},
+    {"name", STRING_AT(name), "te", "name in progress and results"},
     {"rule", WORD, AT(rule), "xstest", "ej", "rule to judge by: xstest arditi"},
     {"seed", COUNT, AT(seed), "0", "dptge", "seed of all that is random"},
     {"vocab", COUNT, AT(shape.vocab), "1536", "k", "tokens in the vocabulary"},
