@@ -400,25 +400,26 @@ typedef struct {
   WorldRows rows; /* all of the file */
   size_t n;
   double share;  /* of them that reflect */
-  size_t *other; /* a row's other one, whose reflection it has if shuffled */
+  size_t *other; /* whose reflection a row has: its own, if not shuffled */
 } ArmRows;
 
 /* A text of row i; fails if the row lacks it. The texts of an example itself
  * are numbered behind the world's. */
 enum { REFLECTION = TEXTS, RESPONSE };
-static char *text_of(const char *path, const WorldRows *rows, size_t i,
-                     int which) {
-  const WorldRow *row = &rows->row[i];
-  const char *name = which == REFLECTION ? "reflection" : "response";
+static char *text_of(const ArmRows *from, size_t i, int which) {
+  const WorldRow *row = &from->rows.row[i];
+  const char *name = "response";
   char *text = row->example.response;
-  if (which == REFLECTION) text = row->example.reflection;
-  if (which < TEXTS) {
+  if (which == REFLECTION) {
+    name = "reflection";
+    text = row->example.reflection;
+  } else if (which < TEXTS) {
     name = text_name[which];
     text = row->text[which];
   }
   if (!text)
     tbr_fail("%s: example %zu, \"%.60s\", has no `%s`, which this arm needs",
-             path, i + 1, row->example.prompt, name);
+             from->path, i + 1, row->example.prompt, name);
   return text;
 }
 
@@ -429,12 +430,13 @@ static void reflect_internally(ArmRows *from) {
   TbrExamples plain = {0};
   const char **lead = mem_new(from->n, sizeof *lead);
   for (size_t i = 0; i < from->n; i++) {
-    lead[i] = text_of(from->path, &from->rows, i, TEXT_LEAD);
+    lead[i] = text_of(from, i, TEXT_LEAD);
     examples_add(&plain, from->rows.row[i].example);
   }
-  TbrSampling how = {.temperature = cell->lead_temperature, .top_p = 1};
-  how.tokens = 96;
-  how.seed = cell->method.seed;
+  TbrSampling how = {.temperature = cell->lead_temperature,
+                     .top_p = 1,
+                     .tokens = 96,
+                     .seed = cell->method.seed};
   Pair base = pair_load(cell->method.base, cell->method.tokenizer);
   tbr_reflect(base.model, base.tok, &plain, lead, &how);
   for (size_t i = 0; i < from->n; i++)
@@ -458,15 +460,13 @@ static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
   int is_noisy = rng_uniform(rng) < cell->noise;
   int is_asked = from->kind == BRIDGE || (from->kind == GENERAL && by_asked);
   int reflects = (is_asked || by_share) && row.reflection;
-  if (is_asked) row.prompt = text_of(from->path, &from->rows, i, TEXT_ASKED);
-  row.response = text_of(from->path, &from->rows, i, RESPONSE);
+  if (is_asked) row.prompt = text_of(from, i, TEXT_ASKED);
+  row.response = text_of(from, i, RESPONSE);
   row.reflection = NULL;
-  if (reflects) {
-    int shuffled = cell->style == SHUFFLED && !is_noisy;
-    row.reflection =
-        text_of(from->path, &from->rows, shuffled ? from->other[i] : i,
-                is_noisy ? TEXT_WRONG : text[cell->style]);
-  }
+  if (reflects && is_noisy)
+    row.reflection = text_of(from, i, TEXT_WRONG);
+  else if (reflects)
+    row.reflection = text_of(from, from->other[i], text[cell->style]);
   if (!row.label) row.label = (char *)source[from->kind].label;
   return row;
 }
@@ -480,10 +480,12 @@ static ArmRows arm_rows_read(Cell *cell, Kind kind, Rng *rng) {
   size_t all = from.rows.n, *order = mem_raw(all, sizeof *order);
   shuffle(order, all, rng);
   from.other = mem_raw(all, sizeof *from.other);
+  size_t step = cell->style == SHUFFLED;
   for (size_t i = 0; i < all; i++)
-    from.other[order[i]] = order[(i + 1) % all];
+    from.other[order[i]] = order[(i + step) % all];
   free(order);
-  from.n = limit ? smaller(limit, all) : all;
+  from.n = all;
+  if (limit) from.n = smaller(limit, all);
   from.share = reflecting_share((TbrReflecting)cell->method.reflection,
                                 cell->method.share, kind == SAFETY);
   if (kind == BRIDGE) from.share = 1;
@@ -739,20 +741,20 @@ static void cell_base(Cell *cell) {
 /* The tests of a cell: some of its prompts, perhaps with the request to think
  * first. */
 static TbrExamples tests_read(const Cell *cell) {
-  const char *path = cell->method.prompts;
-  WorldRows rows = world_rows_read(path);
+  ArmRows from = {.path = cell->method.prompts};
   TbrExamples tests = {0};
-  for (size_t i = 0; i < rows.n; i++) {
-    WorldRow *row = &rows.row[i];
+  from.rows = world_rows_read(from.path);
+  for (size_t i = 0; i < from.rows.n; i++) {
+    WorldRow *row = &from.rows.row[i];
     if (cell->think) {
       char *plain = row->example.prompt;
-      row->example.prompt = text_of(path, &rows, i, TEXT_ASKED);
+      row->example.prompt = text_of(&from, i, TEXT_ASKED);
       row->text[TEXT_ASKED] = plain;
     }
     examples_add(&tests, row->example);
     row->example = (TbrExample){0}; /* whose strings went over */
   }
-  world_rows_free(&rows);
+  world_rows_free(&from.rows);
   examples_spread(&tests, cell->method.limit);
   return tests;
 }
@@ -954,16 +956,6 @@ static Cells cells_of(const Grid *grid) {
   return cells;
 }
 
-/* Makes the worlds of all seeds. */
-static void make_worlds(const Cell *shared, size_t seeds) {
-  for (size_t s = 0; *shared->world && s < seeds; s++) {
-    size_t seed = shared->method.seed + s;
-    char *data = format_string("%s/seed-%zu/data", shared->method.out, seed);
-    world_make(shared->world, seed, &shared->sizes, data);
-    free(data);
-  }
-}
-
 /* Runs the jobs of a stage: side by side, one thread each, as long as all
  * threads have one; what is left over one by one, with all threads inside (and
  * outside of any parallel region, within which OpenMP makes new threads for
@@ -1043,15 +1035,18 @@ static double rate_of(const Results *results, size_t rate, const char *arm,
   return (double)sum.count[rate_kind[rate].count] / (double)n;
 }
 
-/* A condition's sum over seeds: under how many of them every arm has that
- * rate, the mean, and half of its t-interval. */
+/* What is known of a condition's sum: under how many seeds every arm has that
+ * rate, the mean over these, and half of its t-interval. And of a single rate
+ * over all prompts: the count, and Wilson's interval. */
 typedef struct {
   size_t seeds;
   double mean, half;
-} OverSeeds;
+  size_t count, n;
+  double low, high;
+} Estimate;
 
-static OverSeeds over_seeds(const Results *results, const Condition *of) {
-  OverSeeds found = {0};
+static Estimate over_seeds(const Results *results, const Condition *of) {
+  Estimate found = {0};
   double *sums = mem_new(results->seeds, sizeof *sums);
   for (const Result *row = results->row; row < results->end; row++) {
     double sum = 0, one = 0;
@@ -1072,7 +1067,7 @@ static OverSeeds over_seeds(const Results *results, const Condition *of) {
  * doesn't, 0 that isn't decided. Adds what was found. */
 static int condition_decide(Buf *found, const Results *results,
                             const Condition *condition) {
-  OverSeeds over = over_seeds(results, condition);
+  Estimate over = over_seeds(results, condition);
   double beyond = over.mean - condition->bound;
   if (!condition->is_above) beyond = condition->bound - over.mean;
   buf_str(found, condition->text);
@@ -1080,20 +1075,6 @@ static int condition_decide(Buf *found, const Results *results,
   buf_printf(found, " (%.3f +- %.3f, %zu seeds)", over.mean, over.half,
              over.seeds);
   return (beyond > over.half) - (beyond < -over.half);
-}
-
-/* Decides a claim, which doesn't hold if one of its conditions doesn't. Adds
- * what was found. */
-static const char *claim_decide(Buf *found, const Results *results,
-                                const Claim *claim) {
-  int least = 1;
-  for (size_t i = 0; i < claim->conditions; i++) {
-    if (i) buf_str(found, "; ");
-    int held = condition_decide(found, results, &claim->condition[i]);
-    if (held < least) least = held;
-  }
-  if (least > 0) return "holds";
-  return least < 0 ? "does not hold" : "not decided";
 }
 
 /* ---- tables ------------------------------------------------------------ */
@@ -1135,8 +1116,7 @@ static size_t column_width(const Table *table, size_t column) {
 
 /* Adds a table as Markdown. Only the CSV has more than ten columns. */
 static void add_markdown(Buf *to, const Table *table) {
-  enum { MOST = 10 };
-  size_t columns = table->columns < MOST ? table->columns : MOST;
+  size_t columns = smaller(table->columns, 10);
   for (size_t row = 0; row < table->n; row += table->columns) {
     for (size_t c = 0; c < columns; c++) {
       int width = (int)column_width(table, c);
@@ -1167,22 +1147,14 @@ static void add_table(Report *to, Table *table) {
   free(table->cell);
 }
 
-/* What is known of the rate of an arm: over seeds, or its difference to that of
- * another arm (or NULL); and over all prompts, the count with Wilson's
- * interval. */
-typedef struct {
-  OverSeeds over;
-  size_t count, n;
-  double low, high;
-} Estimate;
-
+/* The rate of an arm, perhaps less that of another (or NULL). */
 static Estimate estimate(const Results *results, size_t rate, const char *arm,
                          const char *less) {
   Condition one = {.rate = rate, .factor = {1, -1}, .arm = {arm, less}};
-  one.terms = less ? 2 : 1;
+  one.terms = 1 + (less != NULL);
   const char *label = rate_kind[rate].label;
   TbrResult sum = total(results, arm, ANY_SEED, label, NULL);
-  Estimate found = {.over = over_seeds(results, &one)};
+  Estimate found = over_seeds(results, &one);
   found.count = sum.count[rate_kind[rate].count];
   found.n = sum.count[TBR_N];
   tbr_wilson(found.count, found.n, &found.low, &found.high);
@@ -1195,16 +1167,16 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
 static void rate_cell(Table *table, const Results *results, size_t rate,
                       const char *arm, const char *less) {
   Estimate of = estimate(results, rate, arm, less);
-  double mean = of.over.mean, half = of.over.half;
-  if (!of.over.seeds)
+  if (!of.seeds)
     put_cell(table, "-");
   else if (less)
-    put_cell(table, "%+.3f +- %.3f", mean, half);
-  else if (of.over.seeds > 1)
-    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", mean, half, of.low, of.high);
-  else
-    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", of.count, of.n, mean, of.low,
+    put_cell(table, "%+.3f +- %.3f", of.mean, of.half);
+  else if (of.seeds > 1)
+    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", of.mean, of.half, of.low,
              of.high);
+  else
+    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", of.count, of.n, of.mean,
+             of.low, of.high);
 }
 
 /* Whether a rate stands in a table: whether it does, and has prompts. */
@@ -1285,22 +1257,30 @@ static void seed_table(Report *to, const Results *results) {
   add_table(to, &table);
 }
 
-/* Adds what became of the claims of a grid. */
+/* Adds what became of the claims of a grid: one holds if all of its conditions
+ * do, and doesn't if one of them doesn't. */
 static void claim_table(Report *to, const Results *results, const Grid *grid) {
   if (!grid->claims) return;
   Table table = {0};
   static const char *const head[] = {"", "claim", "",
                                      "rule, and what was found"};
+  static const char *const decided[] = {"does not hold", "not decided",
+                                        "holds"};
   for (size_t c = 0; c < 4; c++)
     put_cell(&table, "%s", head[c]);
   table.columns = table.n;
   for (size_t i = 0; i < grid->claims; i++) {
     const Claim *claim = &grid->claim[i];
     Buf found = {0};
-    const char *decided = claim_decide(&found, results, claim);
+    int least = 1;
+    for (size_t k = 0; k < claim->conditions; k++) {
+      if (k) buf_str(&found, "; ");
+      int held = condition_decide(&found, results, &claim->condition[k]);
+      if (held < least) least = held;
+    }
     put_cell(&table, "%s", claim->name);
     put_cell(&table, "%s", claim->text);
-    put_cell(&table, "%s", decided);
+    put_cell(&table, "%s", decided[1 + least]);
     put_cell(&table, "%s", found.s);
     buf_free(&found);
   }
@@ -1339,11 +1319,10 @@ static double x_of(double share) {
 static void draw_rate(Buf *to, const Results *results, size_t rate,
                       const char *arm, int y, const char *colour) {
   Estimate of = estimate(results, rate, arm, NULL);
-  double mean = of.over.mean;
-  if (!of.over.seeds) return;
-  if (of.over.seeds > 1) {
-    of.low = mean - of.over.half;
-    of.high = mean + of.over.half;
+  if (!of.seeds) return;
+  if (of.seeds > 1) {
+    of.low = of.mean - of.half;
+    of.high = of.mean + of.half;
   }
   double end = x_of(of.high);
   buf_printf(to,
@@ -1351,8 +1330,8 @@ static void draw_rate(Buf *to, const Results *results, size_t rate,
              "<path d='M%.1f %dv8m0-4H%.1fm0-4v8' fill='none' stroke='#222' "
              "stroke-width='1.5'/>\n"
              "<text x='%.1f' y='%d' font-weight='bold'>%.3g%%</text>\n",
-             LEFT, y, x_of(mean) - LEFT, BAR, colour, x_of(of.low),
-             y + BAR / 2 - 4, end, end + 8, y + 14, 100 * mean);
+             LEFT, y, x_of(of.mean) - LEFT, BAR, colour, x_of(of.low),
+             y + BAR / 2 - 4, end, end + 8, y + 14, 100 * of.mean);
 }
 
 /* Draws title, legend and axis. */
@@ -1455,7 +1434,12 @@ static void run_grid(const char *grid_path, char *const *given) {
   const Options *shared = &grid.shared.method;
   tbr_threads((int)shared->threads);
   Cells cells = cells_of(&grid);
-  make_worlds(&grid.shared, cells.seeds);
+  for (size_t s = 0; *grid.shared.world && s < cells.seeds; s++) {
+    size_t seed = shared->seed + s;
+    char *data = format_string("%s/seed-%zu/data", shared->out, seed);
+    world_make(grid.shared.world, seed, &grid.shared.sizes, data);
+    free(data);
+  }
   for (int stage = BASES; stage <= EVALUATIONS; stage++)
     run_stage(&cells, (Stage)stage);
   Buf results = {0};
@@ -1526,9 +1510,9 @@ static int run_command(char *const *word) {
   int is_report = !strcmp(*word, "report");
   if (is_report) word++;
   if (!*word) return bad_usage("an argument is missing,", "RESULTS.jsonl");
+  const char *letters = is_report ? "r" : "aA";
   for (char *const *given = word + 1; *given; given += 2) {
-    int is_option = !strncmp(*given, "--", 2);
-    if (!is_option || !cell_option(*given + 2, is_report ? "r" : "aA"))
+    if (strncmp(*given, "--", 2) || !cell_option(*given + 2, letters))
       return bad_usage("there is no option", *given);
     if (!given[1]) return bad_usage("a value is missing behind", *given);
   }
