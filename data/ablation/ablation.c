@@ -185,13 +185,16 @@ typedef struct {
   size_t conditions;
 } Claim;
 
-/* A grid as it is read. */
+/* A grid as it is read, and all of its cells: those of the first seed, then
+ * those of the next. */
 typedef struct {
   char *text; /* which most strings point into */
   Cell shared, *arm;
   size_t arms, arms_cap;
   Claim *claim;
   size_t claims, claims_cap;
+  Cell *cell;
+  size_t cells, cells_cap;
 } Grid;
 
 /* The arm of that name, or NULL. */
@@ -269,10 +272,8 @@ static void claim_read(Grid *grid, char *line, const Place *place) {
   claim.conditions = rules.n;
   for (size_t i = 0; i < rules.n; i++)
     claim.condition[i] = condition_read(rules.cell[i], grid, place);
-  grid->claim =
-      mem_grow(grid->claim, &grid->claims_cap, grid->claims + 1, sizeof claim);
-  grid->claim[grid->claims] = claim;
-  grid->claims++;
+  grid->claim = list_add(grid->claim, &grid->claims, &grid->claims_cap, &claim,
+                         sizeof claim);
   free((void *)cells.cell);
   free((void *)rules.cell);
 }
@@ -321,9 +322,8 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
             "seeds",
             arm.of);
   if (!arm.seeds) fail_at(place, "seeds must be at least 1");
-  grid->arm = mem_grow(grid->arm, &grid->arms_cap, grid->arms + 1, sizeof arm);
-  grid->arm[grid->arms] = arm;
-  grid->arms++;
+  grid->arm =
+      list_add(grid->arm, &grid->arms, &grid->arms_cap, &arm, sizeof arm);
 }
 
 /* Sets the options of a command line: --name, value, ..., NULL. Each of them
@@ -354,14 +354,6 @@ static Grid grid_read(const char *path, char *const *given) {
   if (!grid.arms)
     tbr_fail("%s: names no arm: `arm NAME option=value ...`", path);
   return grid;
-}
-
-static void grid_free(Grid *grid) {
-  for (size_t i = 0; i < grid->claims; i++)
-    free(grid->claim[i].condition);
-  free(grid->arm);
-  free(grid->claim);
-  free(grid->text);
 }
 
 /* ---- the rows of an arm ------------------------------------------------ */
@@ -620,12 +612,11 @@ typedef struct {
   int is_arm, is_seed, is_type;
 } Result;
 
-/* Results, and how many arms, seeds, and labels and types are in them. Starts
- * as {0}. */
+/* Results, and how many arms and seeds are in them. Starts as {0}. */
 typedef struct {
   Result *row, *end;
   size_t n, cap;
-  size_t arms, seeds, types;
+  size_t arms, seeds;
 } Results;
 
 static const char *const count_name[TBR_COUNTS] = {
@@ -646,13 +637,10 @@ static int results_add(Results *results, Result add) {
     if (same_type) add.is_type = 0;
   }
   results->row =
-      mem_grow(results->row, &results->cap, results->n + 1, sizeof add);
-  results->row[results->n] = add;
-  results->n++;
+      list_add(results->row, &results->n, &results->cap, &add, sizeof add);
   results->end = results->row + results->n;
   results->arms += (size_t)add.is_arm;
   results->seeds += (size_t)add.is_seed;
-  results->types += (size_t)add.is_type;
   return 1;
 }
 
@@ -867,14 +855,15 @@ static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
   char *home = format_string("%s/seed-%zu", shared->method.out, seed);
   for (int kind = 0; kind < KINDS; kind++) {
     const char **path = path_of(&cell, (Kind)kind);
-    int is_none = !strcmp(*path, "none");
-    if (**path && !is_none && !file_exists(*path))
+    if (!**path)
+      *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
+    else if (!strcmp(*path, "none"))
+      *path = copy_string("");
+    else if (file_exists(*path))
+      *path = copy_string(*path);
+    else
       tbr_fail("%s: cannot be opened; arm %s names it as %s", *path, arm->arm,
                source[kind].option);
-    if (**path)
-      *path = copy_string(is_none ? "" : *path);
-    else
-      *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
   }
   cell.makes_base = is_trained(arm) && !*arm->method.base;
   cell.method.base = base_path(arm, shared, home);
@@ -886,16 +875,6 @@ static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
   cell.method.seed = seed;
   free(home);
   return cell;
-}
-
-static void cell_free(Cell *cell) {
-  for (int kind = 0; kind < KINDS; kind++)
-    free((char *)*path_of(cell, (Kind)kind));
-  free((char *)cell->method.base);
-  free((char *)cell->method.text);
-  free((char *)cell->method.out);
-  free((char *)cell->method.model);
-  free((char *)cell->method.data);
 }
 
 /* The stages of a grid: the base models that arms don't name, each of them
@@ -929,42 +908,49 @@ static void run_job(Jobs *jobs, size_t i) {
   }
 }
 
-/* All cells of a grid: those of the first seed, then those of the next. */
-typedef struct {
-  Cell *cell;
-  size_t n, seeds;
-} Cells;
+/* Adds the cells of seed number s to a grid. Returns 0 if no arm has it. */
+static int cells_add(Grid *grid, size_t s) {
+  size_t before = grid->cells;
+  for (const Cell *arm = grid->arm; arm < grid->arm + grid->arms; arm++) {
+    if (s >= arm->seeds) continue;
+    Cell cell = cell_of(arm, &grid->shared, grid->shared.method.seed + s);
+    for (size_t k = 0; k < grid->cells; k++)
+      if (!strcmp(grid->cell[k].method.base, cell.method.base) &&
+          grid->cell[k].makes_base)
+        cell.makes_base = 0;
+    grid->cell = list_add(grid->cell, &grid->cells, &grid->cells_cap, &cell,
+                          sizeof cell);
+  }
+  return grid->cells > before;
+}
 
-static Cells cells_of(const Grid *grid) {
-  Cells cells = {0};
-  for (size_t i = 0; i < grid->arms; i++)
-    if (grid->arm[i].seeds > cells.seeds) cells.seeds = grid->arm[i].seeds;
-  cells.cell = mem_new(times(cells.seeds, grid->arms), sizeof *cells.cell);
-  for (size_t s = 0; s < cells.seeds; s++)
-    for (size_t i = 0; i < grid->arms; i++) {
-      const Cell *arm = &grid->arm[i];
-      if (s >= arm->seeds) continue;
-      size_t seed = grid->shared.method.seed + s;
-      Cell cell = cell_of(arm, &grid->shared, seed);
-      for (size_t k = 0; k < cells.n; k++)
-        if (cells.cell[k].makes_base &&
-            !strcmp(cells.cell[k].method.base, cell.method.base))
-          cell.makes_base = 0;
-      cells.cell[cells.n] = cell;
-      cells.n++;
-    }
-  return cells;
+static void grid_free(Grid *grid) {
+  for (Cell *cell = grid->cell; cell < grid->cell + grid->cells; cell++) {
+    for (int kind = 0; kind < KINDS; kind++)
+      free((char *)*path_of(cell, (Kind)kind));
+    free((char *)cell->method.base);
+    free((char *)cell->method.text);
+    free((char *)cell->method.out);
+    free((char *)cell->method.model);
+    free((char *)cell->method.data);
+  }
+  for (size_t i = 0; i < grid->claims; i++)
+    free(grid->claim[i].condition);
+  free(grid->cell);
+  free(grid->arm);
+  free(grid->claim);
+  free(grid->text);
 }
 
 /* Runs the jobs of a stage: side by side, one thread each, as long as all
  * threads have one; what is left over one by one, with all threads inside (and
  * outside of any parallel region, within which OpenMP makes new threads for
  * each loop). */
-static void run_stage(const Cells *cells, Stage stage) {
+static void run_stage(const Grid *grid, Stage stage) {
   Jobs jobs = {.stage = stage, .began = now()};
-  jobs.cell = mem_new(cells->n, sizeof *jobs.cell);
-  for (size_t i = 0; i < cells->n; i++) {
-    Cell *cell = &cells->cell[i];
+  jobs.cell = mem_new(grid->cells, sizeof *jobs.cell);
+  for (size_t i = 0; i < grid->cells; i++) {
+    Cell *cell = &grid->cell[i];
     int is_wanted = (*cell->of != 0) == (stage == EVALUATIONS);
     if (stage == BASES) is_wanted = cell->makes_base;
     if (!is_wanted) continue;
@@ -1099,9 +1085,7 @@ static void put_cell(Table *table, const char *format, ...) {
   buf_vprintf(&text, format, args);
   va_end(args);
   table->cell =
-      mem_grow(table->cell, &table->cap, table->n + 1, sizeof *table->cell);
-  table->cell[table->n] = text.s;
-  table->n++;
+      list_add(table->cell, &table->n, &table->cap, &text.s, sizeof text.s);
 }
 
 /* The longest cell of a column. */
@@ -1432,25 +1416,24 @@ static void report(const char *path, const Grid *grid, const char *baseline,
 static void run_grid(const char *grid_path, char *const *given) {
   Grid grid = grid_read(grid_path, given);
   const Options *shared = &grid.shared.method;
+  size_t seeds = 0;
+  Buf results = {0};
   tbr_threads((int)shared->threads);
-  Cells cells = cells_of(&grid);
-  for (size_t s = 0; *grid.shared.world && s < cells.seeds; s++) {
+  while (cells_add(&grid, seeds))
+    seeds++;
+  for (size_t s = 0; *grid.shared.world && s < seeds; s++) {
     size_t seed = shared->seed + s;
     char *data = format_string("%s/seed-%zu/data", shared->out, seed);
     world_make(grid.shared.world, seed, &grid.shared.sizes, data);
     free(data);
   }
   for (int stage = BASES; stage <= EVALUATIONS; stage++)
-    run_stage(&cells, (Stage)stage);
-  Buf results = {0};
-  for (size_t i = 0; i < cells.n; i++) {
-    add_file(&results, cells.cell[i].method.out, "results.jsonl");
-    cell_free(&cells.cell[i]);
-  }
-  free(cells.cell);
-  write_in(shared->out, "results.jsonl", results.s, results.n);
-  buf_free(&results);
+    run_stage(&grid, (Stage)stage);
+  for (size_t i = 0; i < grid.cells; i++)
+    add_file(&results, grid.cell[i].method.out, "results.jsonl");
   char *path = path_in(shared->out, "results.jsonl");
+  write_file(path, results.s, results.n);
+  buf_free(&results);
   report(path, &grid, grid.shared.baseline, shared->out);
   free(path);
   grid_free(&grid);

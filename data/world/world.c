@@ -60,11 +60,19 @@ static void world_rows_free(WorldRows *rows) {
   *rows = (WorldRows){0};
 }
 
+/* Adds a copy of an item, of `size` bytes, to a list of n; returns the list,
+ * which may have moved. */
+static void *list_add(void *list, size_t *n, size_t *cap, const void *item,
+                      size_t size) {
+  list = mem_grow(list, cap, *n + 1, size);
+  memcpy((char *)list + *n * size, item, size);
+  *n += 1;
+  return list;
+}
+
 /* Adds a row, whose strings go over to the list. */
 static void world_rows_add(WorldRows *rows, WorldRow row) {
-  rows->row = mem_grow(rows->row, &rows->cap, rows->n + 1, sizeof row);
-  rows->row[rows->n] = row;
-  rows->n++;
+  rows->row = list_add(rows->row, &rows->n, &rows->cap, &row, sizeof row);
 }
 
 /* Writes JSON Lines: the members of the example, then the world's texts. */
@@ -276,9 +284,7 @@ static int holds(const Item *item, const char *guard) {
 /* ---- reading ----------------------------------------------------------- */
 
 static void row_add(Row *row, const char *cell) {
-  row->cell = mem_grow(row->cell, &row->cap, row->n + 1, sizeof *row->cell);
-  row->cell[row->n] = cell;
-  row->n++;
+  row->cell = list_add(row->cell, &row->n, &row->cap, &cell, sizeof cell);
 }
 
 /* Takes what stands before the next divider from *text, which becomes NULL
@@ -320,9 +326,7 @@ static void section_add(Section *section, Row row) {
     fail_at(&row.place, "more than %d rows in %s %s", MOST_ROWS,
             section->head.cell[0], section->name);
   section->row =
-      mem_grow(section->row, &section->cap, section->n + 1, sizeof row);
-  section->row[section->n] = row;
-  section->n++;
+      list_add(section->row, &section->n, &section->cap, &row, sizeof row);
 }
 
 /* Reads a row of a table: adds a row for each pairing of the parts that ;
@@ -396,9 +400,7 @@ static void read_statement(World *w, Place place, char *text) {
   section.name = section.head.cell[NAME_WORD];
   if (section.is != FIX && find(w, section.is, slice(section.name)))
     fail_at(&place, "%s %s is there twice", word, section.name);
-  w->section = mem_grow(w->section, &w->cap, w->n + 1, sizeof section);
-  w->section[w->n] = section;
-  w->n++;
+  w->section = list_add(w->section, &w->n, &w->cap, &section, sizeof section);
 }
 
 /* Reads one of the two files; its text stays, since rows point into it. */
@@ -431,10 +433,8 @@ static size_t weight_of(const Row *row, size_t cell) {
 }
 
 static void item_add(Item *item, const char *name, const char *value) {
-  item->field =
-      mem_grow(item->field, &item->cap, item->n + 1, sizeof *item->field);
-  item->field[item->n] = (Field){name, value};
-  item->n++;
+  Field add = {name, value};
+  item->field = list_add(item->field, &item->n, &item->cap, &add, sizeof add);
 }
 
 /* What an item is, by its columns `harm` and `type`. */
@@ -460,9 +460,7 @@ static void add_item(World *w, const Section *kind, const Item *made) {
             MOST_ROWS);
   for (size_t i = 0; i < made->n; i++)
     item_add(&item, made->field[i].name, made->field[i].value);
-  w->item = mem_grow(w->item, &w->items_cap, w->items + 1, sizeof item);
-  w->item[w->items] = item;
-  w->items++;
+  w->item = list_add(w->item, &w->items, &w->items_cap, &item, sizeof item);
 }
 
 /* Adds the cells of a row of a table as fields; returns 0 if one of them
