@@ -42,7 +42,7 @@ typedef struct {
   const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid;
   WorldSizes sizes;
   int by, style;
-  int needs_base; /* no one has its base model: it is to be made */
+  int makes_base; /* it is the first that needs its base model */
   double lead_temperature, noise, asked;
   size_t filter, think, seeds, bridge_rows, pseudo_rows;
 } Cell;
@@ -128,19 +128,16 @@ static void add_value(Buf *to, const Cell *cell, const Option *which) {
     buf_printf(to, "%.17g\n", *(const double *)at);
 }
 
-/* Whether a base model depends on one of the core's options: on those of `tbr
- * tokenizer` and `tbr pretrain` but for where things are and how they run. */
-static int makes_base(const Option *core) {
-  static const char other[] = " text tokenizer out threads save-every seed ";
-  return strpbrk(core->verbs, "kp") && !is_among(core->name, other);
-}
-
-/* A number for the base model of a cell: the hash of what it depends on. */
+/* A number for the base model of a cell: the hash of what it depends on, the
+ * mix and the options of `tbr tokenizer` and `tbr pretrain` but for where
+ * things are and how they run. */
 static uint64_t base_hash(const Cell *cell) {
+  static const char other[] = " text tokenizer out threads save-every seed ";
   Buf said = {0};
   add_value(&said, cell, cell_option("mix", "a"));
   for (const Option *o = option; o < option + OPTIONS; o++)
-    if (makes_base(o)) add_value(&said, cell, o);
+    if (strpbrk(o->verbs, "kp") && !is_among(o->name, other))
+      add_value(&said, cell, o);
   uint64_t hash = hash_bytes(HASH_START, said.s, said.n);
   buf_free(&said);
   return hash;
@@ -173,13 +170,10 @@ enum { RATES = sizeof rate_kind / sizeof *rate_kind };
  * factor, is above or below a bound. */
 enum { MOST_TERMS = 16 };
 typedef struct {
-  double factor;
-  const char *arm;
-} Term;
-typedef struct {
   const char *text; /* as the grid has it */
   size_t rate, terms;
-  Term term[MOST_TERMS];
+  double factor[MOST_TERMS];
+  const char *arm[MOST_TERMS];
   int is_above;
   double bound;
 } Condition;
@@ -191,13 +185,16 @@ typedef struct {
   size_t conditions;
 } Claim;
 
-/* A grid as it is read. */
+/* A grid as it is read, and all of its cells: those of the first seed, then
+ * those of the next. */
 typedef struct {
   char *text; /* which most strings point into */
   Cell shared, *arm;
   size_t arms, arms_cap;
   Claim *claim;
   size_t claims, claims_cap;
+  Cell *cell;
+  size_t cells, cells_cap;
 } Grid;
 
 /* The arm of that name, or NULL. */
@@ -219,9 +216,9 @@ static void terms_read(Condition *condition, const Grid *grid,
     if (is_sign) {
       factor = *word[i] == '-' ? -1 : 1;
     } else if (arm) {
-      Term term = {factor, arm->arm};
-      if (condition->terms < MOST_TERMS)
-        condition->term[condition->terms] = term;
+      size_t term = condition->terms % MOST_TERMS;
+      condition->factor[term] = factor;
+      condition->arm[term] = arm->arm;
       condition->terms++;
       factor = 1;
     } else if (!*end) {
@@ -242,12 +239,13 @@ static Condition condition_read(const char *text, const Grid *grid,
   size_t sign = 0; /* which word is < or > */
   while (sign < words.n && !strchr("<>", *words.cell[sign]))
     sign++;
-  while (words.n && condition.rate < RATES &&
-         strcmp(words.cell[0], rate_kind[condition.rate].code))
-    condition.rate++;
   int is_rule = sign > 1 && sign + 2 == words.n;
   if (is_rule) {
     char *end;
+    const char *code = words.cell[0];
+    while (condition.rate < RATES &&
+           strcmp(code, rate_kind[condition.rate].code))
+      condition.rate++;
     condition.is_above = *words.cell[sign] == '>';
     condition.bound = strtod(words.cell[sign + 1], &end);
     is_rule = !*end;
@@ -274,10 +272,8 @@ static void claim_read(Grid *grid, char *line, const Place *place) {
   claim.conditions = rules.n;
   for (size_t i = 0; i < rules.n; i++)
     claim.condition[i] = condition_read(rules.cell[i], grid, place);
-  grid->claim =
-      mem_grow(grid->claim, &grid->claims_cap, grid->claims + 1, sizeof claim);
-  grid->claim[grid->claims] = claim;
-  grid->claims++;
+  grid->claim = list_add(grid->claim, &grid->claims, &grid->claims_cap, &claim,
+                         sizeof claim);
   free((void *)cells.cell);
   free((void *)rules.cell);
 }
@@ -304,24 +300,17 @@ static void grid_set(Cell *cell, char *text, const char *letters,
   free(where);
 }
 
-/* Fails if no directory and no claim can have that name. */
-static void check_arm_name(const Grid *grid, const char *name,
-                           const Place *place) {
-  int is_name = name && !strpbrk(name, "=/") && strlen(name) <= 40;
-  int is_taken = is_name && (*name == '.' || !strcmp(name, "data") ||
-                             !strncmp(name, "base", 4));
-  if (!is_name || is_taken)
-    fail_at(place, "an arm needs a name (not data, nor base...): `arm NAME "
-                   "option=value ...`");
-  if (grid_find(grid, name))
-    fail_at(place, "there is an arm \"%s\" already", name);
-}
-
 /* Reads `NAME option=value ...`, divided in place, as an arm of the grid. */
 static void arm_read(Grid *grid, char *line, const Place *place) {
   Cell arm = grid->shared;
   char *word = strtok(line, " \t");
-  check_arm_name(grid, word, place);
+  int is_name = word && !strpbrk(word, "=/") && strlen(word) <= 40;
+  if (!is_name || *word == '.' || !strcmp(word, "data") ||
+      !strncmp(word, "base", 4))
+    fail_at(place, "an arm needs a name (not data, nor base...): `arm NAME "
+                   "option=value ...`");
+  if (grid_find(grid, word))
+    fail_at(place, "there is an arm \"%s\" already", word);
   arm.arm = word;
   while ((word = strtok(NULL, " \t")) != NULL)
     grid_set(&arm, word, "a", place);
@@ -333,9 +322,8 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
             "seeds",
             arm.of);
   if (!arm.seeds) fail_at(place, "seeds must be at least 1");
-  grid->arm = mem_grow(grid->arm, &grid->arms_cap, grid->arms + 1, sizeof arm);
-  grid->arm[grid->arms] = arm;
-  grid->arms++;
+  grid->arm =
+      list_add(grid->arm, &grid->arms, &grid->arms_cap, &arm, sizeof arm);
 }
 
 /* Sets the options of a command line: --name, value, ..., NULL. Each of them
@@ -368,14 +356,6 @@ static Grid grid_read(const char *path, char *const *given) {
   return grid;
 }
 
-static void grid_free(Grid *grid) {
-  for (size_t i = 0; i < grid->claims; i++)
-    free(grid->claim[i].condition);
-  free(grid->arm);
-  free(grid->claim);
-  free(grid->text);
-}
-
 /* ---- the rows of an arm ------------------------------------------------ */
 
 /* The files of a cell: the option that names one, the world's file if none
@@ -400,9 +380,8 @@ static const char **path_of(Cell *cell, Kind kind) {
 
 /* How many of its rows are used; 0: all, or none of bridge and pseudo. */
 static size_t limit_of(const Cell *cell, Kind kind) {
-  size_t limit;
-  memcpy(&limit, (const char *)cell + source[kind].rows_at, sizeof limit);
-  return limit;
+  const void *at = (const char *)cell + source[kind].rows_at;
+  return *(const size_t *)at;
 }
 
 /* The rows of one kind for an arm: the first n of a file. */
@@ -413,33 +392,27 @@ typedef struct {
   WorldRows rows; /* all of the file */
   size_t n;
   double share;  /* of them that reflect */
-  size_t *other; /* a row's other one, whose reflection it has if shuffled */
+  size_t *other; /* whose reflection a row has: its own, if not shuffled */
 } ArmRows;
 
-/* A text of row i by its name in the file; fails if the row lacks it. */
-static char *text_of(const char *path, const WorldRows *rows, size_t i,
-                     const char *name) {
-  WorldRow *row = &rows->row[i];
-  char *text = NULL;
-  if (!strcmp(name, "reflection")) text = row->example.reflection;
-  if (!strcmp(name, "response")) text = row->example.response;
-  for (size_t k = 0; k < WORLD_MEMBERS; k++)
-    if (!strcmp(name, world_member[k].name)) text = *world_member_at(row, k);
+/* A text of row i; fails if the row lacks it. The texts of an example itself
+ * are numbered behind the world's. */
+enum { REFLECTION = TEXTS, RESPONSE };
+static char *text_of(const ArmRows *from, size_t i, int which) {
+  const WorldRow *row = &from->rows.row[i];
+  const char *name = "response";
+  char *text = row->example.response;
+  if (which == REFLECTION) {
+    name = "reflection";
+    text = row->example.reflection;
+  } else if (which < TEXTS) {
+    name = text_name[which];
+    text = row->text[which];
+  }
   if (!text)
     tbr_fail("%s: example %zu, \"%.60s\", has no `%s`, which this arm needs",
-             path, i + 1, row->example.prompt, name);
+             from->path, i + 1, row->example.prompt, name);
   return text;
-}
-
-/* Pairs each row of a file with another. */
-static size_t *other_rows(size_t n, Rng *rng) {
-  size_t *order = mem_raw(n, sizeof *order);
-  size_t *other = mem_raw(n, sizeof *other);
-  shuffle(order, n, rng);
-  for (size_t i = 0; i < n; i++)
-    other[order[i]] = order[(i + 1) % n];
-  free(order);
-  return other;
 }
 
 /* Replaces the reflections of these rows by the base model's own: what it goes
@@ -449,12 +422,13 @@ static void reflect_internally(ArmRows *from) {
   TbrExamples plain = {0};
   const char **lead = mem_new(from->n, sizeof *lead);
   for (size_t i = 0; i < from->n; i++) {
-    lead[i] = text_of(from->path, &from->rows, i, "lead");
+    lead[i] = text_of(from, i, TEXT_LEAD);
     examples_add(&plain, from->rows.row[i].example);
   }
-  TbrSampling how = {.temperature = cell->lead_temperature, .top_p = 1};
-  how.tokens = 96;
-  how.seed = cell->method.seed;
+  TbrSampling how = {.temperature = cell->lead_temperature,
+                     .top_p = 1,
+                     .tokens = 96,
+                     .seed = cell->method.seed};
   Pair base = pair_load(cell->method.base, cell->method.tokenizer);
   tbr_reflect(base.model, base.tok, &plain, lead, &how);
   for (size_t i = 0; i < from->n; i++)
@@ -464,21 +438,13 @@ static void reflect_internally(ArmRows *from) {
   free(plain.row);
 }
 
-/* What stands as reflection of row i. */
-static char *reflection_of(const ArmRows *from, size_t i, int is_noisy) {
-  static const char *const text[] = {
-      [OWN] = "reflection",      [REWORDED] = "reworded",
-      [INTERNAL] = "reflection", [FILLER] = "filler",
-      [SHUFFLED] = "reflection", [LABEL] = "label_only"};
-  int style = from->cell->style;
-  if (is_noisy) return text_of(from->path, &from->rows, i, "wrong");
-  if (style == SHUFFLED) i = from->other[i];
-  return text_of(from->path, &from->rows, i, text[style]);
-}
-
 /* Row i as the arm trains on it. Its strings stay those of the file. Three
  * draws are made for every row, so that arms differ only where they should. */
 static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
+  static const int text[] = {
+      [OWN] = REFLECTION,      [REWORDED] = TEXT_REWORDED,
+      [INTERNAL] = REFLECTION, [FILLER] = TEXT_FILLER,
+      [SHUFFLED] = REFLECTION, [LABEL] = TEXT_LABEL};
   const Cell *cell = from->cell;
   TbrExample row = from->rows.row[i].example;
   int by_share = rng_uniform(rng) < from->share;
@@ -486,18 +452,15 @@ static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
   int is_noisy = rng_uniform(rng) < cell->noise;
   int is_asked = from->kind == BRIDGE || (from->kind == GENERAL && by_asked);
   int reflects = (is_asked || by_share) && row.reflection;
-  if (is_asked) row.prompt = text_of(from->path, &from->rows, i, "asked");
-  row.response = text_of(from->path, &from->rows, i, "response");
-  row.reflection = reflects ? reflection_of(from, i, is_noisy) : NULL;
+  if (is_asked) row.prompt = text_of(from, i, TEXT_ASKED);
+  row.response = text_of(from, i, RESPONSE);
+  row.reflection = NULL;
+  if (reflects && is_noisy)
+    row.reflection = text_of(from, i, TEXT_WRONG);
+  else if (reflects)
+    row.reflection = text_of(from, from->other[i], text[cell->style]);
   if (!row.label) row.label = (char *)source[from->kind].label;
   return row;
-}
-
-/* Whether a row that reflects comes to another verdict than its label. */
-static int contradicts_label(const TbrExample *row) {
-  if (!row->reflection) return 0;
-  int truth = strcmp(row->label, "harmful") ? 1 : -1;
-  return tbr_verdict(row->reflection) != truth;
 }
 
 /* Reads the rows of one kind, and draws what is drawn for all of them. */
@@ -506,64 +469,68 @@ static ArmRows arm_rows_read(Cell *cell, Kind kind, Rng *rng) {
   size_t limit = limit_of(cell, kind);
   if (!*from.path || (kind >= BRIDGE && !limit)) return from;
   from.rows = world_rows_read(from.path);
-  from.n = from.rows.n;
-  if (limit && limit < from.n) from.n = limit;
+  size_t all = from.rows.n, *order = mem_raw(all, sizeof *order);
+  shuffle(order, all, rng);
+  from.other = mem_raw(all, sizeof *from.other);
+  size_t step = cell->style == SHUFFLED;
+  for (size_t i = 0; i < all; i++)
+    from.other[order[i]] = order[(i + step) % all];
+  free(order);
+  from.n = all;
+  if (limit) from.n = smaller(limit, all);
   from.share = reflecting_share((TbrReflecting)cell->method.reflection,
                                 cell->method.share, kind == SAFETY);
   if (kind == BRIDGE) from.share = 1;
-  from.other = other_rows(from.rows.n, rng);
+
   int may_reflect = from.share > 0 || (kind == GENERAL && cell->asked > 0);
   if (cell->style == INTERNAL && may_reflect) reflect_internally(&from);
   return from;
 }
 
-static void arm_rows_free(ArmRows *from) {
-  world_rows_free(&from->rows);
-  free(from->other);
-}
-
 /* Adds the rows of one kind to those that an arm trains on, and to the report
- * what became of them, as JSON. Their strings stay those of what it returns. */
-static ArmRows add_rows(TbrExamples *to, Cell *cell, Kind kind, Buf *report) {
+ * what became of them, both as JSON Lines. */
+static void add_rows(Buf *to, Cell *cell, Kind kind, Buf *report) {
   Rng rng = rng_stream(cell->method.seed, FOR_ROWS, (uint64_t)kind);
   ArmRows from = arm_rows_read(cell, kind, &rng);
   size_t reflecting = 0, filtered = 0;
   for (size_t i = 0; i < from.n; i++) {
     TbrExample row = arm_row(&from, i, &rng);
-    if (cell->filter && contradicts_label(&row)) {
+    int truth = strcmp(row.label, "harmful") ? 1 : -1;
+    if (cell->filter && row.reflection &&
+        tbr_verdict(row.reflection) != truth) {
       filtered++;
       continue;
     }
     reflecting += row.reflection != NULL;
-    examples_add(to, row);
+    buf_str(to, "{");
+    example_members(to, &row, 0);
+    buf_str(to, "}\n");
   }
-  if (!from.n) return from;
-  buf_str(report, "{\"file\": ");
-  json_quote(report, from.path, strlen(from.path));
-  buf_printf(report,
-             ", \"rows\": %zu, \"reflecting\": %zu, \"filtered\": %zu}\n",
-             from.n, reflecting, filtered);
-  return from;
+  if (from.n) {
+    buf_str(report, "{");
+    json_field(report, "file", from.path);
+    buf_printf(report,
+               ", \"rows\": %zu, \"reflecting\": %zu, \"filtered\": %zu}\n",
+               from.n, reflecting, filtered);
+  }
+  world_rows_free(&from.rows);
+  free(from.other);
 }
 
 /* Writes the rows that a cell trains on to train.jsonl in its directory, and
  * what became of each file's to arm.jsonl; train.jsonl becomes its data. */
 static void cell_rows(Cell *cell) {
-  ArmRows from[PROMPTS];
-  TbrExamples rows = {0};
-  Buf report = {0};
+  Buf rows = {0}, report = {0};
   for (int kind = 0; kind < PROMPTS; kind++)
-    from[kind] = add_rows(&rows, cell, (Kind)kind, &report);
+    add_rows(&rows, cell, (Kind)kind, &report);
   if (!rows.n)
     tbr_fail("arm %s has no rows to train on; general= and safety= name files",
              cell->arm);
   make_directory(cell->method.out);
   cell->method.data = path_in(cell->method.out, "train.jsonl");
-  tbr_examples_write(cell->method.data, &rows, TBR_NATIVE);
+  write_file(cell->method.data, rows.s, rows.n);
   write_in(cell->method.out, "arm.jsonl", report.s, report.n);
-  for (int kind = 0; kind < PROMPTS; kind++)
-    arm_rows_free(&from[kind]);
-  free(rows.row);
+  buf_free(&rows);
   buf_free(&report);
 }
 
@@ -579,23 +546,16 @@ static uint64_t take_word(const char **text) {
   return length ? hash_bytes(HASH_START, word, length) | 1 : 0;
 }
 
-static void count_words(Map *words, const char *prompt) {
-  char *text = lower_trimmed(prompt);
-  const char *next = text;
-  uint64_t word;
-  while ((word = take_word(&next)) != 0)
-    ++*map_put(words, word);
-  free(text);
-}
-
 /* The form of a prompt as a key: its words, with one gap for each run of words
- * that come less than once in twenty of the prompts whose words are counted. */
-static uint64_t form_of(const Map *words, size_t prompts, const char *prompt) {
+ * that come less than once in twenty of the prompts whose words are counted;
+ * of no prompts, if its own are to be counted first. */
+static uint64_t form_of(Map *words, size_t prompts, const char *prompt) {
   char *text = lower_trimmed(prompt);
   const char *next = text;
   uint64_t word, form = HASH_START;
   int in_gap = 0;
   while ((word = take_word(&next)) != 0) {
+    if (!prompts) ++*map_put(words, word);
     int is_common = map_get(words, word) * 20 >= prompts;
     if (is_common)
       form = hash_bytes(form, &word, sizeof word);
@@ -618,7 +578,7 @@ static void form_evaluate(Cell *cell, const TbrExamples *tests,
     rows[kind] =
         rows_of_kind(*path_of(cell, (Kind)kind), limit_of(cell, (Kind)kind));
     for (size_t i = 0; i < rows[kind].n; i++)
-      count_words(&words, rows[kind].row[i].prompt);
+      form_of(&words, 0, rows[kind].row[i].prompt);
   }
   size_t general = rows[GENERAL].n, harmful = rows[SAFETY].n;
   size_t prompts = general + harmful;
@@ -643,77 +603,44 @@ static void form_evaluate(Cell *cell, const TbrExamples *tests,
 
 /* ---- results ----------------------------------------------------------- */
 
-/* The counts of an arm under a seed, of one label and type of prompts. */
+/* The counts of an arm under a seed, of one label and type of prompts; and
+ * whether they are the first of this arm, seed, or label and type. */
 typedef struct {
   char arm[48];
   uint64_t seed;
   TbrResult line;
+  int is_arm, is_seed, is_type;
 } Result;
 
-/* The lines that are the first of something. */
+/* Results, and how many arms and seeds are in them. Starts as {0}. */
 typedef struct {
-  size_t *line;
+  Result *row, *end;
   size_t n, cap;
-} Firsts;
-
-/* Starts as {0}. */
-typedef struct {
-  Result *row;
-  size_t n, cap;
-  Firsts arms, seeds, types; /* the first of each arm, seed, label and type */
+  size_t arms, seeds;
 } Results;
 
 static const char *const count_name[TBR_COUNTS] = {
     "n",     "refusal",   "compliance",    "neither",
     "exact", "reflected", "against_itself"};
 
-static void results_free(Results *results) {
-  free(results->row);
-  free(results->arms.line);
-  free(results->seeds.line);
-  free(results->types.line);
-}
-
-/* The arm, or the seed, number i in the order of the results. */
-static const char *arm_at(const Results *results, size_t i) {
-  return results->row[results->arms.line[i]].arm;
-}
-static uint64_t seed_at(const Results *results, size_t i) {
-  return results->row[results->seeds.line[i]].seed;
-}
-
-static void firsts_add(Firsts *firsts, size_t line) {
-  firsts->line =
-      mem_grow(firsts->line, &firsts->cap, firsts->n + 1, sizeof line);
-  firsts->line[firsts->n] = line;
-  firsts->n++;
-}
-
-/* Whether two lines count the same label and type. */
-static int is_type(const TbrResult *one, const TbrResult *other) {
-  return !strcmp(one->label, other->label) && !strcmp(one->type, other->type);
-}
-
 /* Adds a line. Returns 0 if there is one of its arm, seed, label and type. */
-static int results_add(Results *results, const Result *add) {
-  int is_new_arm = 1, is_new_seed = 1, is_new_type = 1;
-  for (size_t i = 0; i < results->n; i++) {
-    const Result *row = &results->row[i];
-    int same_arm = !strcmp(row->arm, add->arm);
-    int same_seed = row->seed == add->seed;
-    int same_type = is_type(&row->line, &add->line);
+static int results_add(Results *results, Result add) {
+  add.is_arm = add.is_seed = add.is_type = 1;
+  for (const Result *row = results->row; row < results->end; row++) {
+    int same_arm = !strcmp(row->arm, add.arm);
+    int same_seed = row->seed == add.seed;
+    int same_type = !strcmp(row->line.label, add.line.label) &&
+                    !strcmp(row->line.type, add.line.type);
     if (same_arm && same_seed && same_type) return 0;
-    if (same_arm) is_new_arm = 0;
-    if (same_seed) is_new_seed = 0;
-    if (same_type) is_new_type = 0;
+    if (same_arm) add.is_arm = 0;
+    if (same_seed) add.is_seed = 0;
+    if (same_type) add.is_type = 0;
   }
-  if (is_new_arm) firsts_add(&results->arms, results->n);
-  if (is_new_seed) firsts_add(&results->seeds, results->n);
-  if (is_new_type) firsts_add(&results->types, results->n);
   results->row =
-      mem_grow(results->row, &results->cap, results->n + 1, sizeof *add);
-  results->row[results->n] = *add;
-  results->n++;
+      list_add(results->row, &results->n, &results->cap, &add, sizeof add);
+  results->end = results->row + results->n;
+  results->arms += (size_t)add.is_arm;
+  results->seeds += (size_t)add.is_seed;
   return 1;
 }
 
@@ -778,8 +705,7 @@ static Results results_read(const char *path) {
   Place place = {.path = path};
   while ((line = take_line(&place, &next)) != NULL) {
     Json *row = json_parse(line, strlen(line), path, place.line);
-    Result result = result_of(row, &place);
-    if (!results_add(&results, &result))
+    if (!results_add(&results, result_of(row, &place)))
       fail_at(&place,
               "there is a line of this arm, seed, label and type above");
     json_free(row);
@@ -803,20 +729,20 @@ static void cell_base(Cell *cell) {
 /* The tests of a cell: some of its prompts, perhaps with the request to think
  * first. */
 static TbrExamples tests_read(const Cell *cell) {
-  const char *path = cell->method.prompts;
-  WorldRows rows = world_rows_read(path);
+  ArmRows from = {.path = cell->method.prompts};
   TbrExamples tests = {0};
-  for (size_t i = 0; i < rows.n; i++) {
-    WorldRow *row = &rows.row[i];
+  from.rows = world_rows_read(from.path);
+  for (size_t i = 0; i < from.rows.n; i++) {
+    WorldRow *row = &from.rows.row[i];
     if (cell->think) {
       char *plain = row->example.prompt;
-      row->example.prompt = text_of(path, &rows, i, "asked");
-      row->asked = plain;
+      row->example.prompt = text_of(&from, i, TEXT_ASKED);
+      row->text[TEXT_ASKED] = plain;
     }
     examples_add(&tests, row->example);
     row->example = (TbrExample){0}; /* whose strings went over */
   }
-  world_rows_free(&rows);
+  world_rows_free(&from.rows);
   examples_spread(&tests, cell->method.limit);
   return tests;
 }
@@ -852,12 +778,11 @@ static void evaluation_mark(char mark[17], const Cell *cell,
 
 /* Whether the results of a cell are there and have that mark. */
 static int is_evaluated(const Cell *cell, const char *mark) {
-  Buf text = {0};
-  char *path = path_in(cell->method.out, "results.jsonl");
-  if (file_exists(path)) add_file(&text, cell->method.out, "results.jsonl");
-  int found = text.s && strstr(text.s, mark);
+  char *path = path_in(cell->method.out, "results.jsonl"), *text = NULL;
+  if (file_exists(path)) text = read_file(path, NULL);
+  int found = text && strstr(text, mark);
   free(path);
-  buf_free(&text);
+  free(text);
   return found;
 }
 
@@ -900,14 +825,13 @@ static void cell_run(Cell *cell) {
   TbrExamples tests = tests_read(cell);
   TbrResults results = {0};
   make_directory(cell->method.out);
-  if (cell->by == BY_MODEL) evaluation_mark(mark, cell, &tests);
-  if (cell->by == BY_FORM) {
+  if (cell->by == BY_FORM)
     form_evaluate(cell, &tests, &results);
-    results_write(cell, &results, mark);
-  } else if (!is_evaluated(cell, mark)) {
-    model_evaluate(cell, &tests, &results);
-    results_write(cell, &results, mark);
-  }
+  else
+    evaluation_mark(mark, cell, &tests);
+  int is_done = cell->by == BY_MODEL && is_evaluated(cell, mark);
+  if (cell->by == BY_MODEL && !is_done) model_evaluate(cell, &tests, &results);
+  if (!is_done) results_write(cell, &results, mark);
   free(results.row);
   tbr_examples_free(&tests);
 }
@@ -931,16 +855,17 @@ static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
   char *home = format_string("%s/seed-%zu", shared->method.out, seed);
   for (int kind = 0; kind < KINDS; kind++) {
     const char **path = path_of(&cell, (Kind)kind);
-    int is_none = !strcmp(*path, "none");
-    if (**path && !is_none && !file_exists(*path))
+    if (!**path)
+      *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
+    else if (!strcmp(*path, "none"))
+      *path = copy_string("");
+    else if (file_exists(*path))
+      *path = copy_string(*path);
+    else
       tbr_fail("%s: cannot be opened; arm %s names it as %s", *path, arm->arm,
                source[kind].option);
-    if (**path)
-      *path = copy_string(is_none ? "" : *path);
-    else
-      *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
   }
-  cell.needs_base = is_trained(arm) && !*arm->method.base;
+  cell.makes_base = is_trained(arm) && !*arm->method.base;
   cell.method.base = base_path(arm, shared, home);
   cell.method.text = format_string("%s/data/%s.txt", home, arm->mix);
   cell.method.out = path_in(home, arm->arm);
@@ -952,29 +877,26 @@ static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
   return cell;
 }
 
-static void cell_free(Cell *cell) {
-  for (int kind = 0; kind < KINDS; kind++)
-    free((char *)*path_of(cell, (Kind)kind));
-  free((char *)cell->method.base);
-  free((char *)cell->method.text);
-  free((char *)cell->method.out);
-  free((char *)cell->method.model);
-  free((char *)cell->method.data);
-}
+/* The stages of a grid: the base models that arms don't name, each of them
+ * once; the cells that train; those that use models of others. */
+typedef enum { BASES, ARMS, EVALUATIONS } Stage;
 
-/* Jobs of one kind, and how far they are. */
+/* The cells that have work in a stage, and how far that is. */
 typedef struct {
-  void (*work)(Cell *);
+  Stage stage;
   Cell **cell;
   size_t n, done;
   double began;
-  const char *what;
 } Jobs;
 
 /* Runs job i; says on a terminal how many are done, and when the rest may
  * be. */
 static void run_job(Jobs *jobs, size_t i) {
-  jobs->work(jobs->cell[i]);
+  static const char *const what[] = {"bases", "arms", "evaluations"};
+  if (jobs->stage == BASES)
+    cell_base(jobs->cell[i]);
+  else
+    cell_run(jobs->cell[i]);
 #pragma omp critical(ablation_jobs)
   {
     jobs->done++;
@@ -982,94 +904,67 @@ static void run_job(Jobs *jobs, size_t i) {
     double left = spent / (double)jobs->done * (double)(jobs->n - jobs->done);
     if (is_terminal(stderr))
       fprintf(stderr, "\r%zu of %zu %s, %.0f s, %.0f s left\033[K\n",
-              jobs->done, jobs->n, jobs->what, spent, left);
+              jobs->done, jobs->n, what[jobs->stage], spent, left);
   }
 }
 
-/* Runs jobs: side by side, one thread each, as long as all threads have one;
- * what is left over one by one, with all threads inside (and outside of any
- * parallel region, within which OpenMP makes new threads for each loop). */
-static void run_jobs(Jobs *jobs) {
-  size_t team = (size_t)threads(), beside = 0;
-  if (team > 1) beside = jobs->n / team * team;
-  jobs->began = now();
-#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
-  for (size_t i = 0; i < beside; i++)
-    run_job(jobs, i);
-  for (size_t i = beside; i < jobs->n; i++)
-    run_job(jobs, i);
-}
-
-/* All cells of a grid: those of the first seed, then those of the next. */
-typedef struct {
-  Cell *cell;
-  size_t n, seeds;
-} Cells;
-
-static Cells cells_of(const Grid *grid) {
-  Cells cells = {0};
-  for (size_t i = 0; i < grid->arms; i++)
-    if (grid->arm[i].seeds > cells.seeds) cells.seeds = grid->arm[i].seeds;
-  cells.cell = mem_new(times(cells.seeds, grid->arms), sizeof *cells.cell);
-  for (size_t s = 0; s < cells.seeds; s++)
-    for (size_t i = 0; i < grid->arms; i++) {
-      const Cell *arm = &grid->arm[i];
-      if (s >= arm->seeds) continue;
-      size_t seed = grid->shared.method.seed + s;
-      cells.cell[cells.n] = cell_of(arm, &grid->shared, seed);
-      cells.n++;
-    }
-  return cells;
-}
-
-/* Makes the worlds of all seeds. */
-static void make_worlds(const Cell *shared, size_t seeds) {
-  for (size_t s = 0; *shared->world && s < seeds; s++) {
-    size_t seed = shared->method.seed + s;
-    char *data = format_string("%s/seed-%zu/data", shared->method.out, seed);
-    world_make(shared->world, seed, &shared->sizes, data);
-    free(data);
+/* Adds the cells of seed number s to a grid. Returns 0 if no arm has it. */
+static int cells_add(Grid *grid, size_t s) {
+  size_t before = grid->cells;
+  for (const Cell *arm = grid->arm; arm < grid->arm + grid->arms; arm++) {
+    if (s >= arm->seeds) continue;
+    Cell cell = cell_of(arm, &grid->shared, grid->shared.method.seed + s);
+    for (size_t k = 0; k < grid->cells; k++)
+      if (!strcmp(grid->cell[k].method.base, cell.method.base) &&
+          grid->cell[k].makes_base)
+        cell.makes_base = 0;
+    grid->cell = list_add(grid->cell, &grid->cells, &grid->cells_cap, &cell,
+                          sizeof cell);
   }
+  return grid->cells > before;
 }
 
-/* The stages of a grid: the base models that arms don't name, each of them
- * once; the cells that train; those that use models of others. */
-typedef enum { BASES, ARMS, EVALUATIONS } Stage;
-
-/* Whether cell i has work in a stage. */
-static int is_wanted(const Cells *cells, size_t i, Stage stage) {
-  const Cell *cell = &cells->cell[i];
-  int uses_other = *cell->of != 0;
-  if (stage != BASES) return uses_other == (stage == EVALUATIONS);
-  for (size_t k = 0; k < i; k++) {
-    const Cell *before = &cells->cell[k];
-    int is_same = !strcmp(before->method.base, cell->method.base);
-    if (is_same && before->needs_base) return 0;
+static void grid_free(Grid *grid) {
+  for (Cell *cell = grid->cell; cell < grid->cell + grid->cells; cell++) {
+    for (int kind = 0; kind < KINDS; kind++)
+      free((char *)*path_of(cell, (Kind)kind));
+    free((char *)cell->method.base);
+    free((char *)cell->method.text);
+    free((char *)cell->method.out);
+    free((char *)cell->method.model);
+    free((char *)cell->method.data);
   }
-  return cell->needs_base;
+  for (size_t i = 0; i < grid->claims; i++)
+    free(grid->claim[i].condition);
+  free(grid->cell);
+  free(grid->arm);
+  free(grid->claim);
+  free(grid->text);
 }
 
-static void run_stage(const Cells *cells, Stage stage) {
-  static const char *const what[] = {"bases", "arms", "evaluations"};
-  Jobs jobs = {.work = cell_run, .what = what[stage]};
-  if (stage == BASES) jobs.work = cell_base;
-  jobs.cell = mem_new(cells->n, sizeof *jobs.cell);
-  for (size_t i = 0; i < cells->n; i++) {
-    if (!is_wanted(cells, i, stage)) continue;
-    jobs.cell[jobs.n] = &cells->cell[i];
+/* Runs the jobs of a stage: side by side, one thread each, as long as all
+ * threads have one; what is left over one by one, with all threads inside (and
+ * outside of any parallel region, within which OpenMP makes new threads for
+ * each loop). */
+static void run_stage(const Grid *grid, Stage stage) {
+  Jobs jobs = {.stage = stage, .began = now()};
+  jobs.cell = mem_new(grid->cells, sizeof *jobs.cell);
+  for (size_t i = 0; i < grid->cells; i++) {
+    Cell *cell = &grid->cell[i];
+    int is_wanted = (*cell->of != 0) == (stage == EVALUATIONS);
+    if (stage == BASES) is_wanted = cell->makes_base;
+    if (!is_wanted) continue;
+    jobs.cell[jobs.n] = cell;
     jobs.n++;
   }
-  run_jobs(&jobs);
+  size_t team = (size_t)threads(), beside = 0;
+  if (team > 1) beside = jobs.n / team * team;
+#pragma omp parallel for num_threads((int)team) schedule(dynamic, 1)
+  for (size_t i = 0; i < beside; i++)
+    run_job(&jobs, i);
+  for (size_t i = beside; i < jobs.n; i++)
+    run_job(&jobs, i);
   free(jobs.cell);
-}
-
-/* Writes the results of all cells to one file. */
-static void collect_results(const Cells *cells, const char *path) {
-  Buf all = {0};
-  for (size_t i = 0; i < cells->n; i++)
-    add_file(&all, cells->cell[i].method.out, "results.jsonl");
-  write_file(path, all.s, all.n);
-  buf_free(&all);
 }
 
 /* ---- statistics -------------------------------------------------------- */
@@ -1107,8 +1002,7 @@ static double mean_of(const double *x, size_t n, double *half) {
 static TbrResult total(const Results *results, const char *arm, uint64_t seed,
                        const char *label, const char *type) {
   TbrResult sum = {.label = ""};
-  for (size_t i = 0; i < results->n; i++) {
-    const Result *row = &results->row[i];
+  for (const Result *row = results->row; row < results->end; row++) {
     if (strcmp(row->arm, arm) || strcmp(row->line.label, label)) continue;
     if (type && strcmp(row->line.type, type)) continue;
     if (seed != ANY_SEED && seed != row->seed) continue;
@@ -1127,24 +1021,26 @@ static double rate_of(const Results *results, size_t rate, const char *arm,
   return (double)sum.count[rate_kind[rate].count] / (double)n;
 }
 
-/* A condition's sum over seeds: under how many of them every arm has that
- * rate, the mean, and half of its t-interval. */
+/* What is known of a condition's sum: under how many seeds every arm has that
+ * rate, the mean over these, and half of its t-interval. And of a single rate
+ * over all prompts: the count, and Wilson's interval. */
 typedef struct {
   size_t seeds;
   double mean, half;
-} OverSeeds;
+  size_t count, n;
+  double low, high;
+} Estimate;
 
-static OverSeeds over_seeds(const Results *results, const Condition *of) {
-  OverSeeds found = {0};
-  double *sums = mem_new(results->seeds.n, sizeof *sums);
-  for (size_t i = 0; i < results->seeds.n; i++) {
+static Estimate over_seeds(const Results *results, const Condition *of) {
+  Estimate found = {0};
+  double *sums = mem_new(results->seeds, sizeof *sums);
+  for (const Result *row = results->row; row < results->end; row++) {
     double sum = 0, one = 0;
     for (size_t t = 0; one >= 0 && t < of->terms; t++) {
-      const Term *term = &of->term[t];
-      one = rate_of(results, of->rate, term->arm, seed_at(results, i));
-      sum += term->factor * one;
+      one = rate_of(results, of->rate, of->arm[t], row->seed);
+      sum += of->factor[t] * one;
     }
-    if (one < 0) continue;
+    if (!row->is_seed || one < 0) continue;
     sums[found.seeds] = sum;
     found.seeds++;
   }
@@ -1157,7 +1053,7 @@ static OverSeeds over_seeds(const Results *results, const Condition *of) {
  * doesn't, 0 that isn't decided. Adds what was found. */
 static int condition_decide(Buf *found, const Results *results,
                             const Condition *condition) {
-  OverSeeds over = over_seeds(results, condition);
+  Estimate over = over_seeds(results, condition);
   double beyond = over.mean - condition->bound;
   if (!condition->is_above) beyond = condition->bound - over.mean;
   buf_str(found, condition->text);
@@ -1167,27 +1063,13 @@ static int condition_decide(Buf *found, const Results *results,
   return (beyond > over.half) - (beyond < -over.half);
 }
 
-/* Decides a claim: it holds if all of its conditions do, and doesn't if one of
- * them doesn't. Adds what was found. */
-static const char *claim_decide(Buf *found, const Results *results,
-                                const Claim *claim) {
-  int least = 1;
-  for (size_t i = 0; i < claim->conditions; i++) {
-    if (i) buf_str(found, "; ");
-    int held = condition_decide(found, results, &claim->condition[i]);
-    if (held < least) least = held;
-  }
-  if (least > 0) return "holds";
-  return least < 0 ? "does not hold" : "not decided";
-}
-
 /* ---- tables ------------------------------------------------------------ */
 
 /* A table: its cells (fresh), row by row. Starts as {0}. */
 typedef struct {
   char **cell;
   size_t n, cap;
-  size_t columns; /* as many as the first row had cells */
+  size_t columns; /* = n when the first row is complete */
 } Table;
 
 /* Tables, as Markdown and as CSV. */
@@ -1203,13 +1085,8 @@ static void put_cell(Table *table, const char *format, ...) {
   buf_vprintf(&text, format, args);
   va_end(args);
   table->cell =
-      mem_grow(table->cell, &table->cap, table->n + 1, sizeof *table->cell);
-  table->cell[table->n] = text.s;
-  table->n++;
+      list_add(table->cell, &table->n, &table->cap, &text.s, sizeof text.s);
 }
-
-/* Ends the first row. */
-static void table_head_ends(Table *table) { table->columns = table->n; }
 
 /* The longest cell of a column. */
 static size_t column_width(const Table *table, size_t column) {
@@ -1223,8 +1100,7 @@ static size_t column_width(const Table *table, size_t column) {
 
 /* Adds a table as Markdown. Only the CSV has more than ten columns. */
 static void add_markdown(Buf *to, const Table *table) {
-  enum { MOST = 10 };
-  size_t columns = table->columns < MOST ? table->columns : MOST;
+  size_t columns = smaller(table->columns, 10);
   for (size_t row = 0; row < table->n; row += table->columns) {
     for (size_t c = 0; c < columns; c++) {
       int width = (int)column_width(table, c);
@@ -1255,22 +1131,14 @@ static void add_table(Report *to, Table *table) {
   free(table->cell);
 }
 
-/* What is known of the rate of an arm: over seeds, or its difference to that of
- * another arm (or NULL); and over all prompts, the count with Wilson's
- * interval. */
-typedef struct {
-  OverSeeds over;
-  size_t count, n;
-  double low, high;
-} Estimate;
-
+/* The rate of an arm, perhaps less that of another (or NULL). */
 static Estimate estimate(const Results *results, size_t rate, const char *arm,
                          const char *less) {
-  Condition one = {.rate = rate, .terms = 1, .term = {{1, arm}, {-1, less}}};
-  if (less) one.terms = 2;
+  Condition one = {.rate = rate, .factor = {1, -1}, .arm = {arm, less}};
+  one.terms = 1 + (less != NULL);
   const char *label = rate_kind[rate].label;
   TbrResult sum = total(results, arm, ANY_SEED, label, NULL);
-  Estimate found = {.over = over_seeds(results, &one)};
+  Estimate found = over_seeds(results, &one);
   found.count = sum.count[rate_kind[rate].count];
   found.n = sum.count[TBR_N];
   tbr_wilson(found.count, found.n, &found.low, &found.high);
@@ -1283,23 +1151,23 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
 static void rate_cell(Table *table, const Results *results, size_t rate,
                       const char *arm, const char *less) {
   Estimate of = estimate(results, rate, arm, less);
-  double mean = of.over.mean, half = of.over.half;
-  if (!of.over.seeds)
+  if (!of.seeds)
     put_cell(table, "-");
   else if (less)
-    put_cell(table, "%+.3f +- %.3f", mean, half);
-  else if (of.over.seeds > 1)
-    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", mean, half, of.low, of.high);
-  else
-    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", of.count, of.n, mean, of.low,
+    put_cell(table, "%+.3f +- %.3f", of.mean, of.half);
+  else if (of.seeds > 1)
+    put_cell(table, "%.3f +- %.3f [%.3f, %.3f]", of.mean, of.half, of.low,
              of.high);
+  else
+    put_cell(table, "%zu/%zu %.3f [%.3f, %.3f]", of.count, of.n, of.mean,
+             of.low, of.high);
 }
 
 /* Whether a rate stands in a table: whether it does, and has prompts. */
 static int is_column(const Results *results, size_t rate, int table) {
   if (rate_kind[rate].table != table) return 0;
-  for (size_t i = 0; i < results->n; i++)
-    if (!strcmp(results->row[i].line.label, rate_kind[rate].label)) return 1;
+  for (const Result *row = results->row; row < results->end; row++)
+    if (!strcmp(row->line.label, rate_kind[rate].label)) return 1;
   return 0;
 }
 
@@ -1315,14 +1183,14 @@ static void rate_table(Report *to, const Results *results, int which,
   for (size_t c = 0; c < RATES; c++)
     if (is_column(results, c, which))
       put_cell(&table, "%s (%s)", rate_kind[c].title, rate_kind[c].code);
-  table_head_ends(&table);
-  for (size_t i = 0; i < results->arms.n; i++) {
-    const char *arm = arm_at(results, i);
-    if (baseline && !strcmp(arm, baseline)) continue;
-    put_cell(&table, "%s", arm);
+  table.columns = table.n;
+  for (const Result *row = results->row; row < results->end; row++) {
+    int is_baseline = baseline && !strcmp(row->arm, baseline);
+    if (!row->is_arm || is_baseline) continue;
+    put_cell(&table, "%s", row->arm);
     for (size_t c = 0; c < RATES; c++)
       if (is_column(results, c, which))
-        rate_cell(&table, results, c, arm, baseline);
+        rate_cell(&table, results, c, row->arm, baseline);
   }
   add_table(to, &table);
 }
@@ -1332,16 +1200,17 @@ static void type_table(Report *to, const Results *results) {
   Table table = {0};
   put_cell(&table, "refused, by type");
   put_cell(&table, "label");
-  for (size_t a = 0; a < results->arms.n; a++)
-    put_cell(&table, "%s", arm_at(results, a));
-  table_head_ends(&table);
-  for (size_t i = 0; i < results->types.n; i++) {
-    const TbrResult *line = &results->row[results->types.line[i]].line;
-    put_cell(&table, "%s", line->type);
-    put_cell(&table, "%s", line->label);
-    for (size_t a = 0; a < results->arms.n; a++) {
-      const char *arm = arm_at(results, a);
-      TbrResult sum = total(results, arm, ANY_SEED, line->label, line->type);
+  for (const Result *arm = results->row; arm < results->end; arm++)
+    if (arm->is_arm) put_cell(&table, "%s", arm->arm);
+  table.columns = table.n;
+  for (const Result *row = results->row; row < results->end; row++) {
+    const char *label = row->line.label, *type = row->line.type;
+    if (!row->is_type) continue;
+    put_cell(&table, "%s", type);
+    put_cell(&table, "%s", label);
+    for (const Result *arm = results->row; arm < results->end; arm++) {
+      if (!arm->is_arm) continue;
+      TbrResult sum = total(results, arm->arm, ANY_SEED, label, type);
       put_cell(&table, "%zu/%zu", sum.count[TBR_REFUSAL], sum.count[TBR_N]);
     }
   }
@@ -1351,44 +1220,51 @@ static void type_table(Report *to, const Results *results) {
 /* Adds false and true refusal of every arm under every seed. */
 static void seed_table(Report *to, const Results *results) {
   Table table = {0};
+  const Result *arm, *seed;
   put_cell(&table, "false/true refusal, by seed");
-  for (size_t s = 0; s < results->seeds.n; s++)
-    put_cell(&table, "%llu", (unsigned long long)seed_at(results, s));
-  table_head_ends(&table);
-  for (size_t a = 0; a < results->arms.n; a++) {
-    const char *arm = arm_at(results, a);
-    put_cell(&table, "%s", arm);
-    for (size_t s = 0; s < results->seeds.n; s++) {
-      uint64_t seed = seed_at(results, s);
-      double false_refusal = rate_of(results, FALSE_REFUSAL, arm, seed);
-      double true_refusal = rate_of(results, TRUE_REFUSAL, arm, seed);
+  for (seed = results->row; seed < results->end; seed++)
+    if (seed->is_seed) put_cell(&table, "%llu", (unsigned long long)seed->seed);
+  table.columns = table.n;
+  for (arm = results->row; arm < results->end; arm++) {
+    if (!arm->is_arm) continue;
+    put_cell(&table, "%s", arm->arm);
+    for (seed = results->row; seed < results->end; seed++) {
+      if (!seed->is_seed) continue;
+      double wrong = rate_of(results, FALSE_REFUSAL, arm->arm, seed->seed);
+      double right = rate_of(results, TRUE_REFUSAL, arm->arm, seed->seed);
       char first[16] = "", second[16] = "";
-      if (false_refusal >= 0)
-        snprintf(first, sizeof first, "%.3f", false_refusal);
-      if (true_refusal >= 0)
-        snprintf(second, sizeof second, "/%.3f", true_refusal);
+      if (wrong >= 0) snprintf(first, sizeof first, "%.3f", wrong);
+      if (right >= 0) snprintf(second, sizeof second, "/%.3f", right);
       put_cell(&table, "%s%s", first, second);
     }
   }
   add_table(to, &table);
 }
 
-/* Adds what became of the claims of a grid. */
+/* Adds what became of the claims of a grid: one holds if all of its conditions
+ * do, and doesn't if one of them doesn't. */
 static void claim_table(Report *to, const Results *results, const Grid *grid) {
   if (!grid->claims) return;
   Table table = {0};
-  put_cell(&table, "%s", "");
-  put_cell(&table, "claim");
-  put_cell(&table, "%s", "");
-  put_cell(&table, "rule, and what was found");
-  table_head_ends(&table);
+  static const char *const head[] = {"", "claim", "",
+                                     "rule, and what was found"};
+  static const char *const decided[] = {"does not hold", "not decided",
+                                        "holds"};
+  for (size_t c = 0; c < 4; c++)
+    put_cell(&table, "%s", head[c]);
+  table.columns = table.n;
   for (size_t i = 0; i < grid->claims; i++) {
     const Claim *claim = &grid->claim[i];
     Buf found = {0};
-    const char *decided = claim_decide(&found, results, claim);
+    int least = 1;
+    for (size_t k = 0; k < claim->conditions; k++) {
+      if (k) buf_str(&found, "; ");
+      int held = condition_decide(&found, results, &claim->condition[k]);
+      if (held < least) least = held;
+    }
     put_cell(&table, "%s", claim->name);
     put_cell(&table, "%s", claim->text);
-    put_cell(&table, "%s", decided);
+    put_cell(&table, "%s", decided[1 + least]);
     put_cell(&table, "%s", found.s);
     buf_free(&found);
   }
@@ -1407,7 +1283,7 @@ enum { TOP = 112, BAR = 17, ARM_HEIGHT = 58, FOOT = 64, MOST_ARMS = 8 };
 /* Adds a text; `look` are its attributes. */
 static void draw_text(Buf *to, int x, int y, const char *look,
                       const char *text) {
-  buf_printf(to, "<text x=\"%d\" y=\"%d\" %s>", x, y, look);
+  buf_printf(to, "<text x='%d' y='%d' %s>", x, y, look);
   for (; *text; text++) {
     if (strchr("<>&\"", *text))
       buf_printf(to, "&#%d;", *text);
@@ -1427,87 +1303,76 @@ static double x_of(double share) {
 static void draw_rate(Buf *to, const Results *results, size_t rate,
                       const char *arm, int y, const char *colour) {
   Estimate of = estimate(results, rate, arm, NULL);
-  double mean = of.over.mean;
-  if (!of.over.seeds) return;
-  if (of.over.seeds > 1) {
-    of.low = mean - of.over.half;
-    of.high = mean + of.over.half;
+  if (!of.seeds) return;
+  if (of.seeds > 1) {
+    of.low = of.mean - of.half;
+    of.high = of.mean + of.half;
   }
   double end = x_of(of.high);
   buf_printf(to,
-             "<rect x=\"%d\" y=\"%d\" width=\"%.1f\" height=\"%d\" "
-             "fill=\"%s\"/>\n",
-             LEFT, y, x_of(mean) - LEFT, BAR, colour);
-  buf_printf(to,
-             "<path d=\"M%.1f %dv8m0-4H%.1fm0-4v8\" fill=\"none\" "
-             "stroke=\"#222\" stroke-width=\"1.5\"/>\n",
-             x_of(of.low), y + BAR / 2 - 4, end);
-  buf_printf(to,
-             "<text x=\"%.1f\" y=\"%d\" font-weight=\"bold\">%.3g%%"
-             "</text>\n",
-             end + 8, y + 14, 100 * mean);
+             "<rect x='%d' y='%d' width='%.1f' height='%d' fill='%s'/>\n"
+             "<path d='M%.1f %dv8m0-4H%.1fm0-4v8' fill='none' stroke='#222' "
+             "stroke-width='1.5'/>\n"
+             "<text x='%.1f' y='%d' font-weight='bold'>%.3g%%</text>\n",
+             LEFT, y, x_of(of.mean) - LEFT, BAR, colour, x_of(of.low),
+             y + BAR / 2 - 4, end, end + 8, y + 14, 100 * of.mean);
 }
 
 /* Draws title, legend and axis. */
 static void draw_frame(Buf *to, int bottom) {
   buf_printf(
       to,
-      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"720\" "
-      "height=\"%d\" viewBox=\"0 0 720 %d\" role=\"img\" font-size=\"14\" "
-      "font-family=\"system-ui, sans-serif\" fill=\"#222\">\n"
+      "<svg xmlns='http://www.w3.org/2000/svg' width='720' height='%d' "
+      "viewBox='0 0 720 %d' role='img' font-size='14' "
+      "font-family='system-ui, sans-serif' fill='#222'>\n"
       "<title>How often each model refuses</title>\n"
-      "<rect width=\"100%%\" height=\"100%%\" rx=\"12\" fill=\"#fff\"/>\n"
-      "<text x=\"24\" y=\"38\" font-size=\"20\" font-weight=\"bold\">How often "
-      "each model refuses</text>\n"
-      "<rect x=\"24\" y=\"54\" width=\"14\" height=\"14\" fill=\"" FALSE_COLOUR
-      "\"/>\n<text x=\"46\" y=\"66\">harmless prompts that only look harmful: "
-      "fewer is better</text>\n"
-      "<rect x=\"24\" y=\"76\" width=\"14\" height=\"14\" fill=\"" TRUE_COLOUR
-      "\"/>\n<text x=\"46\" y=\"88\">harmful prompts: more is better</text>\n",
+      "<rect width='100%%' height='100%%' rx='12' fill='#fff'/>\n"
+      "<text x='24' y='38' font-size='20' font-weight='bold'>"
+      "How often each model refuses</text>\n"
+      "<rect x='24' y='54' width='14' height='14' fill='" FALSE_COLOUR "'/>\n"
+      "<text x='46' y='66'>harmless prompts that only look harmful: fewer is "
+      "better</text>\n"
+      "<rect x='24' y='76' width='14' height='14' fill='" TRUE_COLOUR "'/>\n"
+      "<text x='46' y='88'>harmful prompts: more is better</text>\n",
       bottom + FOOT, bottom + FOOT);
   for (int percent = 0; percent <= 100; percent += 25) {
     double x = x_of(percent / 100.0);
     buf_printf(to,
-               "<path d=\"M%.1f %dV%d\" stroke=\"#ddd\"/>\n"
-               "<text x=\"%.1f\" y=\"%d\" font-size=\"12\" fill=\"#666\" "
-               "text-anchor=\"middle\">%d%%</text>\n",
+               "<path d='M%.1f %dV%d' stroke='#ddd'/>\n<text x='%.1f' y='%d' "
+               "font-size='12' fill='#666' text-anchor='middle'>%d%%</text>\n",
                x, TOP - 6, bottom - 2, x, bottom + 14, percent);
   }
 }
 
 /* Draws what the rates come from; the prompts are those of the first arm. */
 static void draw_foot(Buf *to, const Results *results, int y) {
-  size_t seeds = results->seeds.n, prompts[2];
-  const char *over = "prompts", *arm = arm_at(results, 0);
+  const Result *row = results->row;
+  TbrResult pseudo =
+      total(results, row->arm, row->seed, "pseudo-harmful", NULL);
+  TbrResult harmful = total(results, row->arm, row->seed, "harmful", NULL);
   Buf foot = {0};
-  if (seeds > 1) over = "seeds";
-  for (size_t i = 0; i < 2; i++) {
-    const char *label = rate_kind[i ? TRUE_REFUSAL : FALSE_REFUSAL].label;
-    TbrResult sum = total(results, arm, seed_at(results, 0), label, NULL);
-    prompts[i] = sum.count[TBR_N];
-  }
   buf_printf(&foot,
              "%zu and %zu prompts; seeds: %zu; lines: 95%% intervals "
              "over %s",
-             prompts[0], prompts[1], seeds, over);
-  if (results->arms.n > MOST_ARMS)
-    buf_printf(&foot, "; the first %d of %zu arms", MOST_ARMS, results->arms.n);
-  draw_text(to, MARGIN, y, "font-size=\"12\" fill=\"#666\"", foot.s);
+             pseudo.count[TBR_N], harmful.count[TBR_N], results->seeds,
+             results->seeds > 1 ? "seeds" : "prompts");
+  if (results->arms > MOST_ARMS)
+    buf_printf(&foot, "; the first %d of %zu arms", MOST_ARMS, results->arms);
+  draw_text(to, MARGIN, y, "font-size='12' fill='#666'", foot.s);
   buf_free(&foot);
 }
 
 /* Writes refusal.svg: false and true refusal of the first arms. */
 static void write_picture(const char *directory, const Results *results) {
-  size_t arms = results->arms.n;
-  int y = TOP;
+  int y = TOP, bottom = TOP;
   Buf svg = {0};
-  if (arms > MOST_ARMS) arms = MOST_ARMS;
-  draw_frame(&svg, TOP + (int)arms * ARM_HEIGHT);
-  for (size_t a = 0; a < arms; a++) {
-    const char *arm = arm_at(results, a);
-    draw_text(&svg, MARGIN, y + 24, "font-weight=\"bold\"", arm);
-    draw_rate(&svg, results, FALSE_REFUSAL, arm, y, FALSE_COLOUR);
-    draw_rate(&svg, results, TRUE_REFUSAL, arm, y + BAR + 3, TRUE_COLOUR);
+  bottom += (int)smaller(results->arms, MOST_ARMS) * ARM_HEIGHT;
+  draw_frame(&svg, bottom);
+  for (const Result *row = results->row; y < bottom; row++) {
+    if (!row->is_arm) continue;
+    draw_text(&svg, MARGIN, y + 24, "font-weight='bold'", row->arm);
+    draw_rate(&svg, results, FALSE_REFUSAL, row->arm, y, FALSE_COLOUR);
+    draw_rate(&svg, results, TRUE_REFUSAL, row->arm, y + BAR + 3, TRUE_COLOUR);
     y += ARM_HEIGHT;
   }
   draw_foot(&svg, results, y + FOOT - 22);
@@ -1518,27 +1383,22 @@ static void write_picture(const char *directory, const Results *results) {
 
 /* ---- the report -------------------------------------------------------- */
 
-/* Whether there are results of an arm. */
-static int has_arm(const Results *results, const char *arm) {
-  for (size_t i = 0; i < results->arms.n; i++)
-    if (!strcmp(arm_at(results, i), arm)) return 1;
-  return 0;
-}
-
 /* Prints the tables of a file of results, and writes them to a directory with
  * a picture; decides the claims of the grid, which may be empty. */
 static void report(const char *path, const Grid *grid, const char *baseline,
                    const char *out) {
   Report to = {{0}, {0}};
   Results results = results_read(path);
+  int has_baseline = 0;
+  for (const Result *row = results.row; row < results.end; row++)
+    if (!strcmp(row->arm, baseline)) has_baseline = 1;
   rate_table(&to, &results, 0, NULL);
   rate_table(&to, &results, 1, NULL);
   buf_str(&to.text,
           "In brackets: 95% intervals over prompts (Wilson); behind +-: over "
           "seeds (t).\n\n");
-  if (results.seeds.n > 1 && has_arm(&results, baseline))
-    rate_table(&to, &results, 0, baseline);
-  if (results.seeds.n > 1) seed_table(&to, &results);
+  if (results.seeds > 1 && has_baseline) rate_table(&to, &results, 0, baseline);
+  if (results.seeds > 1) seed_table(&to, &results);
   type_table(&to, &results);
   claim_table(&to, &results, grid);
   fwrite(to.text.s, 1, to.text.n, stdout);
@@ -1548,7 +1408,7 @@ static void report(const char *path, const Grid *grid, const char *baseline,
   write_picture(out, &results);
   buf_free(&to.text);
   buf_free(&to.csv);
-  results_free(&results);
+  free(results.row);
 }
 
 /* Runs a grid: the worlds, the bases, the arms, those that use their models,
@@ -1556,18 +1416,26 @@ static void report(const char *path, const Grid *grid, const char *baseline,
 static void run_grid(const char *grid_path, char *const *given) {
   Grid grid = grid_read(grid_path, given);
   const Options *shared = &grid.shared.method;
+  size_t seeds = 0;
+  Buf results = {0};
   tbr_threads((int)shared->threads);
-  Cells cells = cells_of(&grid);
-  make_worlds(&grid.shared, cells.seeds);
+  while (cells_add(&grid, seeds))
+    seeds++;
+  for (size_t s = 0; *grid.shared.world && s < seeds; s++) {
+    size_t seed = shared->seed + s;
+    char *data = format_string("%s/seed-%zu/data", shared->out, seed);
+    world_make(grid.shared.world, seed, &grid.shared.sizes, data);
+    free(data);
+  }
   for (int stage = BASES; stage <= EVALUATIONS; stage++)
-    run_stage(&cells, (Stage)stage);
+    run_stage(&grid, (Stage)stage);
+  for (size_t i = 0; i < grid.cells; i++)
+    add_file(&results, grid.cell[i].method.out, "results.jsonl");
   char *path = path_in(shared->out, "results.jsonl");
-  collect_results(&cells, path);
+  write_file(path, results.s, results.n);
+  buf_free(&results);
   report(path, &grid, grid.shared.baseline, shared->out);
   free(path);
-  for (size_t i = 0; i < cells.n; i++)
-    cell_free(&cells.cell[i]);
-  free(cells.cell);
   grid_free(&grid);
 }
 
@@ -1586,20 +1454,17 @@ static void run_report(const char *path, char *const *given) {
 
 #ifndef ABLATION_NO_MAIN
 
-/* Prints an option if its letters have that letter. */
-static void print_option(const Option *o, const char *letters, char letter) {
-  if (!strchr(letters, letter)) return;
-  printf("  %-18s %s", o->name, o->help);
-  if (*o->otherwise) printf(" (%s)", o->otherwise);
-  printf("\n");
-}
-
+/* Prints the options that have a letter. */
 static void print_options(const char *title, char letter) {
   printf("\n%s\n", title);
-  for (size_t i = 0; i < OWN_OPTIONS; i++)
-    print_option(&own_option[i], own_option[i].verbs, letter);
-  for (size_t i = 0; i < OPTIONS; i++)
-    print_option(&option[i], core_letters(&option[i]), letter);
+  for (size_t i = 0; i < OWN_OPTIONS + OPTIONS; i++) {
+    int is_own = i < OWN_OPTIONS;
+    const Option *o = is_own ? own_option + i : option + (i - OWN_OPTIONS);
+    if (!strchr(is_own ? o->verbs : core_letters(o), letter)) continue;
+    printf("  %-18s %s", o->name, o->help);
+    if (*o->otherwise) printf(" (%s)", o->otherwise);
+    printf("\n");
+  }
 }
 
 static void print_help(void) {
@@ -1613,36 +1478,27 @@ static void print_help(void) {
   printf("\nexample: out/ablation data/ablation/main.grid --seeds 2\n");
 }
 
-/* Says what is wrong with the usage; returns the exit status. */
-static int wrong_usage(const char *what, const char *word) {
-  fprintf(stderr, "ablation: %s \"%s\"; see `out/ablation help`\n", what, word);
-  return 2;
+static int bad_usage(const char *what, const char *word) {
+  return wrong_usage("ablation", what, word);
 }
 
-/* Checks that words are pairs of --option and value, and the options have one
- * of these letters. Returns 0, or the exit status. */
-static int check_given(char *const *word, const char *letters) {
-  for (; *word; word += 2) {
-    int is_option = !strncmp(*word, "--", 2);
-    if (!is_option || !cell_option(*word + 2, letters))
-      return wrong_usage("there is no option", *word);
-    if (!word[1]) return wrong_usage("a value is missing behind", *word);
-  }
-  return 0;
-}
-
-/* Does what the words say; returns the exit status. */
+/* Does what the words say, with pairs of --option and value behind the name of
+ * a file; returns the exit status. */
 static int run_command(char *const *word) {
-  if (!*word) return wrong_usage("an argument is missing,", "GRID");
-  if (!strcmp(*word, "help") || !strcmp(*word, "--help")) {
+  if (!*word) return bad_usage("an argument is missing,", "GRID");
+  if (asks_help(*word)) {
     print_help();
     return 0;
   }
   int is_report = !strcmp(*word, "report");
   if (is_report) word++;
-  if (!*word) return wrong_usage("an argument is missing,", "RESULTS.jsonl");
-  int status = check_given(word + 1, is_report ? "r" : "aA");
-  if (status) return status;
+  if (!*word) return bad_usage("an argument is missing,", "RESULTS.jsonl");
+  const char *letters = is_report ? "r" : "aA";
+  for (char *const *given = word + 1; *given; given += 2) {
+    if (strncmp(*given, "--", 2) || !cell_option(*given + 2, letters))
+      return bad_usage("there is no option", *given);
+    if (!given[1]) return bad_usage("a value is missing behind", *given);
+  }
   if (is_report)
     run_report(*word, word + 1);
   else
@@ -1651,9 +1507,6 @@ static int run_command(char *const *word) {
 }
 
 int main(int argc, char **argv) {
-  int status = run_command(argv + (argc > 0));
-  if (fflush(stdout) || ferror(stdout))
-    tbr_fail("standard output cannot be written: %s", strerror(errno));
-  return status;
+  return finish(run_command(argv + (argc > 0)));
 }
 #endif

@@ -293,8 +293,8 @@ static void add_result(Results *r, const char *arm, uint64_t seed,
   snprintf(x.line.type, sizeof x.line.type, "%s", type);
   x.line.count[TBR_N] = n;
   x.line.count[TBR_REFUSAL] = k;
-  CHECK(results_add(r, &x));
-  CHECK(!results_add(r, &x)); /* not a second time */
+  CHECK(results_add(r, x));
+  CHECK(!results_add(r, x)); /* not a second time */
 }
 
 /* Results are written, read, and summed. */
@@ -305,9 +305,12 @@ static void test_results(const char *folder) {
   add_result(&r, "arm", 1, "harmful", "z", 4, 0);
   add_result(&r, "more", 1, "unknown", "unknown", 1, 1);
   EQUAL(r.n, 4u);
-  EQUAL(r.arms.n, 2u);
-  EQUAL(r.seeds.n, 2u);
-  EQUAL(r.types.n, 3u);
+  EQUAL(r.arms, 2u);
+  EQUAL(r.seeds, 2u);
+  size_t types = 0;
+  for (const Result *row = r.row; row < r.end; row++)
+    types += (size_t)row->is_type;
+  EQUAL(types, 3u);
   EQUAL(total(&r, "arm", ANY_SEED, "harmful", NULL).count[TBR_N], 7u);
   EQUAL(total(&r, "arm", ANY_SEED, "harmful", "x").count[TBR_N], 3u);
   EQUAL(total(&r, "arm", 2, "harmful", "x").count[TBR_N], 1u);
@@ -329,8 +332,8 @@ static void test_results(const char *folder) {
   SAME(back.row[0].line.type, "x");
   BITS(back.row[0].line.count, r.row[0].line.count, (size_t)TBR_COUNTS);
   free(path);
-  results_free(&back);
-  results_free(&r);
+  free(back.row);
+  free(r.row);
 }
 
 /* Whether a rule holds, and what is said about it. */
@@ -368,7 +371,7 @@ static void test_claims(void) {
           "FR sft - late > 0 (0.750 +- 0.254, 2 seeds)");
   decided(&r, "TR sft - tbr > 0", 0, "TR sft - tbr > 0"); /* no prompts */
   decided(&r, "FR sft - other > 0", 0, "FR sft - other > 0");
-  results_free(&r);
+  free(r.row);
 }
 
 static void test_table(void) {
@@ -376,7 +379,7 @@ static void test_table(void) {
   Table table = {0};
   put_cell(&table, "arm");
   put_cell(&table, "x, y");
-  table_head_ends(&table);
+  table.columns = table.n;
   put_cell(&table, "%c", 'a');
   put_cell(&table, "%d", 1);
   add_table(&to, &table);
@@ -405,7 +408,7 @@ static void test_picture(const char *folder) {
   CHECK(strstr(svg, "the first 8 of 9 arms"));
   CHECK(strstr(svg, "400 and 180 prompts; seeds: 1; "));
   free(path), free(svg);
-  results_free(&r);
+  free(r.row);
 }
 
 /* Every option that a base model depends on gives it another directory, and no

@@ -302,9 +302,12 @@ static void test_further(void) {
     free(path);
     for (WorldRow *e = rows[i].row; e < rows[i].row + rows[i].n; e++) {
       const char *prompt = e->example.prompt;
-      CHECK(!strncmp(e->asked, prompt, strlen(prompt)));
-      CHECK(strstr(e->asked, i < 2 ? "Think." : "Wait.") && !e->reworded);
-      CHECK(strstr(e->wrong, e->lead) && strstr(e->example.reflection, e->lead));
+      const char *asked = e->text[TEXT_ASKED], *lead = e->text[TEXT_LEAD];
+      CHECK(!strncmp(asked, prompt, strlen(prompt)));
+      CHECK(strstr(asked, i < 2 ? "Think." : "Wait."));
+      CHECK(!e->text[TEXT_REWORDED]);
+      CHECK(strstr(e->text[TEXT_WRONG], lead));
+      CHECK(strstr(e->example.reflection, lead));
     }
   }
   CHECK(rows[0].n == 2 && rows[1].n == 3);
@@ -481,8 +484,8 @@ static void test_rows(void) {
   for (size_t i = 0; i < 3; i++) {
     WorldRow row = {.example = {.prompt = copy_string("a \"b\"\n\xc3\xa9"),
                                 .id = copy_string("i-1")}};
-    for (size_t k = i; k < WORLD_MEMBERS; k += 2)
-      *world_member_at(&row, k) = format_string("%s\\%zu", "member", k);
+    for (size_t k = i; k < TEXTS; k += 2)
+      row.text[k] = format_string("%s\\%zu", "member", k);
     if (i) row.example.response = copy_string("r");
     world_rows_add(&rows, row);
   }
@@ -495,9 +498,8 @@ static void test_rows(void) {
     SAME(again.row[i].example.id, "i-1");
     CHECK(same(again.row[i].example.response, rows.row[i].example.response));
     CHECK(!again.row[i].example.reflection && !again.row[i].example.label);
-    for (size_t k = 0; k < WORLD_MEMBERS; k++)
-      CHECK(same(*world_member_at(&again.row[i], k),
-                 *world_member_at(&rows.row[i], k)));
+    for (size_t k = 0; k < TEXTS; k++)
+      CHECK(same(again.row[i].text[k], rows.row[i].text[k]));
   }
   world_rows_free(&again);
   world_rows_free(&rows);
@@ -508,8 +510,7 @@ static void test_rows(void) {
                               .response = "r", .label = "harmful",
                               .type = "general", .source = "s", .key = "k",
                               .id = "i"},
-                  .filler = "f", .label_only = "l", .reworded = "n",
-                  .wrong = "w", .asked = "a", .lead = "b"};
+                  .text = {"f", "l", "n", "w", "a", "b"}};
   WorldRows one = {.row = &row, .n = 1};
   path = path_in(scratch, "one.jsonl");
   world_rows_write(path, &one);
@@ -525,8 +526,8 @@ static void test_rows(void) {
                     "\"o\", \"wrong\": \"w\"}]");
   again = world_rows_read(path);
   SAME(again.row[0].example.prompt, "i");
-  SAME(again.row[0].wrong, "w");
-  CHECK(!again.row[0].lead);
+  SAME(again.row[0].text[TEXT_WRONG], "w");
+  CHECK(!again.row[0].text[TEXT_LEAD]);
   world_rows_free(&again);
   free(path);
   path = file_named("bad.jsonl", "{\"prompt\": \"p\"}\n{\"prompt\": \"p\", "

@@ -21,16 +21,24 @@
 
 /* ---- rows -------------------------------------------------------------- */
 
-/* A row of the world: an example, and what the arms of an experiment may put
- * in place of its parts; NULL where it has none. */
+/* What the arms of an experiment may put in place of an example's own texts,
+ * and the names of these texts in files, in their order. */
+enum {
+  TEXT_FILLER,   /* a reflection that says nothing */
+  TEXT_LABEL,    /* a reflection that is the verdict alone */
+  TEXT_REWORDED, /* the reflection in words that no document has */
+  TEXT_WRONG,    /* the reflection with the wrong verdict */
+  TEXT_ASKED,    /* the prompt, with the request to think first */
+  TEXT_LEAD,     /* from which a base model goes on with a reflection */
+  TEXTS
+};
+static const char *const text_name[TEXTS] = {"filler", "label_only", "reworded",
+                                             "wrong",  "asked",      "lead"};
+
+/* A row of the world; texts that it doesn't have are NULL. */
 typedef struct {
   TbrExample example;
-  char *filler;     /* a reflection that says nothing */
-  char *label_only; /* a reflection that is the verdict alone */
-  char *reworded;   /* the reflection in words that no document has */
-  char *wrong;      /* the reflection with the wrong verdict */
-  char *asked;      /* the prompt, with the request to think first */
-  char *lead;       /* from which a base model goes on with a reflection */
+  char *text[TEXTS];
 } WorldRow;
 
 /* A list of them, which starts as {0}. */
@@ -39,27 +47,10 @@ typedef struct {
   size_t n, cap;
 } WorldRows;
 
-/* The members that an example doesn't have, in the order of the files. */
-static const struct {
-  const char *name;
-  size_t at;
-} world_member[] = {{"filler", offsetof(WorldRow, filler)},
-                    {"label_only", offsetof(WorldRow, label_only)},
-                    {"reworded", offsetof(WorldRow, reworded)},
-                    {"wrong", offsetof(WorldRow, wrong)},
-                    {"asked", offsetof(WorldRow, asked)},
-                    {"lead", offsetof(WorldRow, lead)}};
-enum { WORLD_MEMBERS = sizeof world_member / sizeof *world_member };
-
-/* Where a row has one of these members. */
-static char **world_member_at(WorldRow *row, size_t member) {
-  return (void *)((char *)row + world_member[member].at);
-}
-
 static void world_row_free(WorldRow *row) {
   example_free(&row->example);
-  for (size_t i = 0; i < WORLD_MEMBERS; i++)
-    free(*world_member_at(row, i));
+  for (size_t i = 0; i < TEXTS; i++)
+    free(row->text[i]);
 }
 
 static void world_rows_free(WorldRows *rows) {
@@ -69,40 +60,47 @@ static void world_rows_free(WorldRows *rows) {
   *rows = (WorldRows){0};
 }
 
-/* Adds a row, whose strings go over to the list. */
-static void world_rows_add(WorldRows *rows, WorldRow row) {
-  rows->row = mem_grow(rows->row, &rows->cap, rows->n + 1, sizeof row);
-  rows->row[rows->n] = row;
-  rows->n++;
+/* Adds a copy of an item, of `size` bytes, to a list of n; returns the list,
+ * which may have moved. */
+static void *list_add(void *list, size_t *n, size_t *cap, const void *item,
+                      size_t size) {
+  list = mem_grow(list, cap, *n + 1, size);
+  memcpy((char *)list + *n * size, item, size);
+  *n += 1;
+  return list;
 }
 
-/* Writes JSON Lines: the members of the example, then the world's own. */
+/* Adds a row, whose strings go over to the list. */
+static void world_rows_add(WorldRows *rows, WorldRow row) {
+  rows->row = list_add(rows->row, &rows->n, &rows->cap, &row, sizeof row);
+}
+
+/* Writes JSON Lines: the members of the example, then the world's texts. */
 static void world_rows_write(const char *path, const WorldRows *rows) {
-  Buf text = {0};
-  for (size_t i = 0; i < rows->n; i++) {
-    WorldRow row = rows->row[i];
-    buf_str(&text, "{");
-    example_members(&text, &row.example, 0);
-    for (size_t k = 0; k < WORLD_MEMBERS; k++)
-      json_field(&text, world_member[k].name, *world_member_at(&row, k));
-    buf_str(&text, "}\n");
+  Buf to = {0};
+  for (const WorldRow *row = rows->row; row < rows->row + rows->n; row++) {
+    buf_str(&to, "{");
+    example_members(&to, &row->example, 0);
+    for (size_t i = 0; i < TEXTS; i++)
+      json_field(&to, text_name[i], row->text[i]);
+    buf_str(&to, "}\n");
   }
-  write_file(path, text.s, text.n);
-  buf_free(&text);
+  write_file(path, to.s, to.n);
+  buf_free(&to);
 }
 
 /* A RowTaker that adds the row to a list of the world's. */
 static void take_world_row(void *to, const Json *json) {
   WorldRow row = {.example = example_of(json)};
-  for (size_t i = 0; i < WORLD_MEMBERS; i++) {
-    const char *text = json_string(json, world_member[i].name, NULL);
-    if (text) *world_member_at(&row, i) = copy_string(text);
+  for (size_t i = 0; i < TEXTS; i++) {
+    const char *text = json_string(json, text_name[i], NULL);
+    if (text) row.text[i] = copy_string(text);
   }
   world_rows_add(to, row);
 }
 
-/* Reads examples in any form that tbr reads, with the world's own members
- * where they are there. Fails if the file has no example. */
+/* Reads examples in any form that tbr reads, with the world's texts where they
+ * are there. Fails if the file has no example. */
 static WorldRows world_rows_read(const char *path) {
   WorldRows rows = {0};
   rows_read(path, take_world_row, &rows);
@@ -153,8 +151,8 @@ static const struct {
 enum { NAME_WORD = 1, FIRST_SAY = 1, FIRST_COLUMN = 2 };
 enum { KIND_WEIGHT = 2, EQUAL_SIGN, FIRST_TABLE };
 enum { SAY_GUARD, SAY_TEXT };
-enum { MIX_WEIGHT, MIX_GUARD, MIX_SAY };
-enum { RULE_PERCENT, RULE_GUARD, RULE_FIELDS };
+enum { PERCENT, GUARD, FIELDS }; /* of a rule */
+enum { WEIGHT, MIX_SAY = 2 }; /* of a mix, whose guard is where a rule's is */
 
 /* A line that begins with @, and the rows below it. */
 typedef struct {
@@ -286,9 +284,7 @@ static int holds(const Item *item, const char *guard) {
 /* ---- reading ----------------------------------------------------------- */
 
 static void row_add(Row *row, const char *cell) {
-  row->cell = mem_grow(row->cell, &row->cap, row->n + 1, sizeof *row->cell);
-  row->cell[row->n] = cell;
-  row->n++;
+  row->cell = list_add(row->cell, &row->n, &row->cap, &cell, sizeof cell);
 }
 
 /* Takes what stands before the next divider from *text, which becomes NULL
@@ -330,9 +326,7 @@ static void section_add(Section *section, Row row) {
     fail_at(&row.place, "more than %d rows in %s %s", MOST_ROWS,
             section->head.cell[0], section->name);
   section->row =
-      mem_grow(section->row, &section->cap, section->n + 1, sizeof row);
-  section->row[section->n] = row;
-  section->n++;
+      list_add(section->row, &section->n, &section->cap, &row, sizeof row);
 }
 
 /* Reads a row of a table: adds a row for each pairing of the parts that ;
@@ -348,15 +342,16 @@ static void read_table_row(Section *table, Row row) {
     pairings *= parts[c].n;
   }
   for (size_t i = 0; i < pairings; i++) {
-    Row one = {.place = row.place};
-    size_t block = pairings; /* rows in which the cells so far are the same */
-    for (size_t c = 0; c < row.n; c++) {
-      size_t within = i % block;
-      block /= parts[c].n;
-      const char *cell = parts[c].cell[within / block];
+    Row one = {.place = row.place, .n = row.n};
+    one.cell = mem_new(row.n, sizeof *one.cell);
+    size_t left = i, c = row.n;
+    while (c > 0) {
+      c--;
+      const char *cell = parts[c].cell[left % parts[c].n];
+      left /= parts[c].n;
       if (!*cell)
         fail_at(&row.place, "nothing in a cell; an empty one is written -");
-      row_add(&one, strcmp(cell, "-") ? cell : "");
+      one.cell[c] = strcmp(cell, "-") ? cell : "";
     }
     section_add(table, one);
   }
@@ -405,9 +400,7 @@ static void read_statement(World *w, Place place, char *text) {
   section.name = section.head.cell[NAME_WORD];
   if (section.is != FIX && find(w, section.is, slice(section.name)))
     fail_at(&place, "%s %s is there twice", word, section.name);
-  w->section = mem_grow(w->section, &w->cap, w->n + 1, sizeof section);
-  w->section[w->n] = section;
-  w->n++;
+  w->section = list_add(w->section, &w->n, &w->cap, &section, sizeof section);
 }
 
 /* Reads one of the two files; its text stays, since rows point into it. */
@@ -440,10 +433,8 @@ static size_t weight_of(const Row *row, size_t cell) {
 }
 
 static void item_add(Item *item, const char *name, const char *value) {
-  item->field =
-      mem_grow(item->field, &item->cap, item->n + 1, sizeof *item->field);
-  item->field[item->n] = (Field){name, value};
-  item->n++;
+  Field add = {name, value};
+  item->field = list_add(item->field, &item->n, &item->cap, &add, sizeof add);
 }
 
 /* What an item is, by its columns `harm` and `type`. */
@@ -469,9 +460,7 @@ static void add_item(World *w, const Section *kind, const Item *made) {
             MOST_ROWS);
   for (size_t i = 0; i < made->n; i++)
     item_add(&item, made->field[i].name, made->field[i].value);
-  w->item = mem_grow(w->item, &w->items_cap, w->items + 1, sizeof item);
-  w->item[w->items] = item;
-  w->items++;
+  w->item = list_add(w->item, &w->items, &w->items_cap, &item, sizeof item);
 }
 
 /* Adds the cells of a row of a table as fields; returns 0 if one of them
@@ -520,15 +509,6 @@ static void make_items(World *w, Section *kind) {
 
 /* ---- expanding --------------------------------------------------------- */
 
-/* Forgets the item in hand, and frees the texts of its fixes. */
-static void put_down(World *w) {
-  for (size_t i = w->own_fields; i < w->in_hand.n; i++)
-    free((char *)w->in_hand.field[i].value);
-  w->in_hand.n = 0;
-  w->own_fields = 0;
-  w->expanded = 0;
-}
-
 /* Draws one of the alternatives that " / " divides; - is the empty one. */
 static Slice alternative(Rng *rng, const char *text) {
   static const char divider[] = " / ";
@@ -554,18 +534,6 @@ static void put_bytes(const Row *line, Slice bytes, Buf *out) {
   buf_add(out, bytes.s, bytes.n);
 }
 
-/* Adds one of the alternatives of a value, perhaps with an article, which
- * those that begin with = don't take (tidy takes the = away). */
-static void put_value(World *w, const Row *line, const char *value,
-                      int with_article, Buf *out) {
-  Slice one = alternative(&w->rng, value);
-  if (with_article && one.n && *one.s != '=') {
-    int is_vowel = strchr("aeiouAEIOU", *one.s) != NULL;
-    put_bytes(line, slice(is_vowel ? "an " : "a "), out);
-  }
-  put_bytes(line, one, out);
-}
-
 /* For a name TABLE.COLUMN, that cell of any row; else NULL. */
 static const char *any_cell(World *w, Slice name) {
   Slice first = {name.s, strcspn(name.s, ".}")};
@@ -583,9 +551,10 @@ static const char *any_cell(World *w, Slice name) {
 
 static void put_say(World *w, Section *say, Buf *out);
 
-/* Adds what a name within { and } stands for: a field or fix of the item in
- * hand, or else a say, or else TABLE.COLUMN. "a " before the name asks for the
- * article, which a say can't have. */
+/* Adds what a name within { and } stands for: one of the alternatives of a
+ * field or fix of the item in hand, or else a say, or else one of TABLE.COLUMN.
+ * "a " before the name asks for the article, which a say can't have, and what
+ * begins with = doesn't take (tidy takes the = away). */
 static void put_name(World *w, const Row *line, Slice name, Buf *out) {
   int with_article = name.n > 2 && !strncmp(name.s, "a ", 2);
   if (with_article) name = (Slice){name.s + 2, name.n - 2};
@@ -602,7 +571,12 @@ static void put_name(World *w, const Row *line, Slice name, Buf *out) {
             "{%.*s} is no column that an item of kind %s has, no TABLE.COLUMN, "
             "and no @say without an article",
             (int)name.n, name.s, w->in_hand.kind);
-  put_value(w, line, value, with_article, out);
+  Slice one = alternative(&w->rng, value);
+  if (with_article && one.n && *one.s != '=') {
+    int is_vowel = strchr("aeiouAEIOU", *one.s) != NULL;
+    put_bytes(line, slice(is_vowel ? "an " : "a "), out);
+  }
+  put_bytes(line, one, out);
 }
 
 /* Adds a text of a line, with its {names} replaced. */
@@ -698,15 +672,23 @@ static char *render_if(World *w, const char *name) {
   return render(w, name);
 }
 
+/* Frees the texts of the fixes of the item in hand. */
+static void put_down(World *w) {
+  for (size_t i = w->own_fields; i < w->in_hand.n; i++)
+    free((char *)w->in_hand.field[i].value);
+  w->in_hand.n = 0;
+}
+
 /* Takes up an item: its fields, then the fixes, drawn once. */
 static void take_up(World *w, size_t item) {
   const Item *from = &w->item[item];
   put_down(w);
   w->in_hand.kind = from->kind;
   w->in_hand.label = from->label;
+  w->own_fields = from->n;
+  w->expanded = 0;
   for (size_t i = 0; i < from->n; i++)
     item_add(&w->in_hand, from->field[i].name, from->field[i].value);
-  w->own_fields = from->n;
   for (const Section *s = w->section; s < w->section + w->n; s++) {
     for (size_t i = FIRST_SAY; s->is == FIX && i < s->head.n; i++) {
       Buf text = {0};
@@ -731,12 +713,12 @@ static WorldRow make_row(World *w, size_t item, int for_test) {
   e->prompt = render(w, "prompt");
   e->reflection = render(w, "reflect");
   e->response = render(w, is_harmful ? "refuse" : "answer");
-  row.filler = render(w, "filler");
-  row.label_only = render(w, "label");
-  row.reworded = render_if(w, "reworded");
-  row.wrong = render_if(w, "wrong");
-  row.asked = render_if(w, for_test ? "asked.test" : "asked");
-  row.lead = render_if(w, "lead");
+  row.text[TEXT_FILLER] = render(w, "filler");
+  row.text[TEXT_LABEL] = render(w, "label");
+  row.text[TEXT_REWORDED] = render_if(w, "reworded");
+  row.text[TEXT_WRONG] = render_if(w, "wrong");
+  row.text[TEXT_ASKED] = render_if(w, for_test ? "asked.test" : "asked");
+  row.text[TEXT_LEAD] = render_if(w, "lead");
   e->type = copy_string(value_of(&w->in_hand, slice("type")));
   e->source = copy_string(w->mark[item] & IS_NOVEL ? "world-novel" : "world");
   e->id = format_string("%s-%zu", w->in_hand.kind, item);
@@ -750,29 +732,25 @@ static WorldRow make_row(World *w, size_t item, int for_test) {
   return row;
 }
 
-/* Tries an item once with everything that it may be used for. */
-static void try_item(World *w, size_t item) {
-  WorldRow row = make_row(w, item, 0);
-  world_row_free(&row);
-  free(render_if(w, "asked.test"));
-  free(render(w, "ask"));
-  for (const Section *s = w->section; s < w->section + w->n; s++) {
-    if (s->is != MIX) continue;
-    for (const Row *line = s->row; line < s->row + s->n; line++)
-      if (holds(&w->item[item], line->cell[MIX_GUARD]))
-        free(render(w, line->cell[MIX_SAY]));
-  }
-}
-
-/* Tries all items, so that hardly an error in the files is left for later. */
+/* Tries all items with everything that they may be used for, so that hardly an
+ * error in the files is left for later. */
 static void try_items(World *w) {
-  for (size_t i = 0; i < w->items; i++)
-    try_item(w, i);
-  for (const Section *s = w->section; s < w->section + w->n; s++)
-    for (const Row *line = s->row; line < s->row + s->n; line++)
-      if (s->used && !line->used)
-        fail_at(&line->place, "the guard holds for no item; is a kind, a "
-                              "column or a value in it misspelled?");
+  const Section *s, *end = w->section + w->n;
+  for (size_t i = 0; i < w->items; i++) {
+    WorldRow row = make_row(w, i, 0);
+    world_row_free(&row);
+    free(render_if(w, "asked.test"));
+    free(render(w, "ask"));
+    for (s = w->section; s < end; s++)
+      for (size_t k = 0; s->is == MIX && k < s->n; k++)
+        if (holds(&w->item[i], s->row[k].cell[GUARD]))
+          free(render(w, s->row[k].cell[MIX_SAY]));
+  }
+  for (s = w->section; s < end; s++)
+    for (size_t k = 0; s->used && k < s->n; k++)
+      if (!s->row[k].used)
+        fail_at(&s->row[k].place, "the guard holds for no item; is a kind, a "
+                                  "column or a value in it misspelled?");
 }
 
 static void world_free(World *w) {
@@ -822,8 +800,8 @@ static World *world_load(const char *directory) {
  * (* is the item's number), or 0 if the guard doesn't hold. */
 static uint64_t combination(const World *w, const Row *rule, size_t item) {
   uint64_t hash = HASH_START;
-  if (!holds(&w->item[item], rule->cell[RULE_GUARD])) return 0;
-  const char *fields = rule->cell[RULE_FIELDS];
+  if (!holds(&w->item[item], rule->cell[GUARD])) return 0;
+  const char *fields = rule->cell[FIELDS];
   while (*fields) {
     Slice name = next_word(&fields);
     const char *value = value_of(&w->item[item], name);
@@ -853,7 +831,7 @@ static void apply_rule(World *w, const Row *rule, unsigned char mark) {
   }
   if (!n) fail_at(&rule->place, "this guard holds for no item");
   shuffle(order, n, &w->rng);
-  size_t share = (n * weight_of(rule, RULE_PERCENT) + 50) / 100;
+  size_t share = (n * weight_of(rule, PERCENT) + 50) / 100;
   for (size_t k = 0; k < share; k++)
     for (size_t i = 0; i < w->items; i++)
       if (key[i] == distinct[order[k]]) w->mark[i] |= mark;
@@ -886,7 +864,7 @@ typedef struct {
 static int fits(const World *w, const OpenMix *open, const Row *line,
                 size_t item) {
   if ((w->mark[item] & open->mask) != open->marks) return 0;
-  return holds(&w->item[item], line->cell[MIX_GUARD]);
+  return holds(&w->item[item], line->cell[GUARD]);
 }
 
 /* Opens a mix and its own random stream, so that no part changes another. */
@@ -902,7 +880,7 @@ static OpenMix mix_open(World *w, const char *name, int mask, int marks) {
       item++;
     if (item == w->items)
       fail_at(&line->place, "no item is left for this guard");
-    open.weight += weight_of(line, MIX_WEIGHT);
+    open.weight += weight_of(line, WEIGHT);
   }
   if (!open.weight) fail_at(&mix->head.place, "all weights are 0");
   return open;
@@ -912,8 +890,8 @@ static OpenMix mix_open(World *w, const char *name, int mask, int marks) {
 static const Row *draw_line(World *w, const OpenMix *open) {
   const Row *line = open->mix->row;
   size_t left = rng_below(&w->rng, open->weight);
-  while (left >= weight_of(line, MIX_WEIGHT)) {
-    left -= weight_of(line, MIX_WEIGHT);
+  while (left >= weight_of(line, WEIGHT)) {
+    left -= weight_of(line, WEIGHT);
     line++;
   }
   return line;
@@ -964,20 +942,17 @@ static void make_documents(World *w, const char *name, size_t n) {
   }
 }
 
-/* Whether any item with a mark is that combination under a line of a rule. */
-static int is_known(const World *w, const Row *rule, uint64_t key, int mark) {
-  for (size_t i = 0; i < w->items; i++)
-    if (w->mark[i] & mark && combination(w, rule, i) == key) return 1;
-  return 0;
-}
-
 /* Whether a line of a rule holds an item apart from all that have a mark: none
  * of those is the same combination. */
 static int is_apart(const World *w, const char *name, size_t item, int mark) {
   const Section *rule = needed(w, RULE, name);
   for (const Row *line = rule->row; line < rule->row + rule->n; line++) {
     uint64_t key = combination(w, line, item);
-    if (key && !is_known(w, line, key, mark)) return 1;
+    size_t i = 0;
+    while (i < w->items &&
+           !(w->mark[i] & mark && combination(w, line, i) == key))
+      i++;
+    if (key && i == w->items) return 1;
   }
   return 0;
 }
@@ -1009,8 +984,8 @@ static int has_prompt(const WorldRows *rows, const char *prompt) {
   return 0;
 }
 
-/* Notes that a row is trained on, or checks that a test of it leaks nothing;
- * its item is in hand. */
+/* Notes that a row of the item in hand is trained on, or checks that a test of
+ * it leaks nothing. */
 static void note_row(World *w, size_t item, const TbrExample *e, int for_test) {
   char *ask = render(w, "ask");
   if (for_test) {
@@ -1098,6 +1073,26 @@ static void world_make(const char *world_directory, uint64_t seed,
 
 /* ---- the command line -------------------------------------------------- */
 
+/* Whether a word, which may be NULL, asks for help. */
+static int asks_help(const char *word) {
+  return word && (!strcmp(word, "help") || !strcmp(word, "--help"));
+}
+
+/* Says what is wrong with the usage; returns the exit status. */
+static int wrong_usage(const char *program, const char *what,
+                       const char *word) {
+  fprintf(stderr, "%s: %s \"%s\"; see `out/%s help`\n", program, what, word,
+          program);
+  return 2;
+}
+
+/* Checks that all was printed; returns the exit status. */
+static int finish(int status) {
+  if (fflush(stdout) || ferror(stdout))
+    tbr_fail("standard output cannot be written: %s", strerror(errno));
+  return status;
+}
+
 #ifndef WORLD_NO_MAIN
 
 typedef struct {
@@ -1132,12 +1127,6 @@ static void print_help(void) {
   printf("\nexample: out/world --seed 1 --out out/sample\n");
 }
 
-/* Says what is wrong with the usage; returns the exit status. */
-static int wrong_usage(const char *what, const char *word) {
-  fprintf(stderr, "world: %s \"%s\"; see `out/world help`\n", what, word);
-  return 2;
-}
-
 /* Sets the options that the words name; returns 0, or the exit status. */
 static int read_command(Command *command, char **word) {
   options_default(command, world_option, WORLD_OPTIONS);
@@ -1145,8 +1134,9 @@ static int read_command(Command *command, char **word) {
     const Option *o = world_option, *end = world_option + WORLD_OPTIONS;
     while (o < end && (strncmp(*word, "--", 2) || strcmp(*word + 2, o->name)))
       o++;
-    if (o == end) return wrong_usage("there is no option", *word);
-    if (!word[1]) return wrong_usage("a value is missing behind", *word);
+    if (o == end) return wrong_usage("world", "there is no option", *word);
+    if (!word[1])
+      return wrong_usage("world", "a value is missing behind", *word);
     option_set(command, o, word[1], *word);
   }
   return 0;
@@ -1173,7 +1163,7 @@ static void show_rows(const char *directory, const char *name, size_t limit) {
   size_t bytes;
   free(read_file(path, &bytes));
   if (bytes) rows = world_rows_read(path);
-  if (limit > rows.n) limit = rows.n;
+  limit = smaller(limit, rows.n);
   if (limit) printf("\n%s\n", path);
   for (size_t i = 0; i < limit; i++) {
     const TbrExample *e = &rows.row[i * rows.n / limit].example;
@@ -1196,18 +1186,14 @@ static void run_command(const Command *command) {
 }
 
 int main(int argc, char **argv) {
-  int asks_help =
-      argc > 1 && (!strcmp(argv[1], "help") || !strcmp(argv[1], "--help"));
+  char **word = argv + (argc > 0);
   Command command;
-  if (asks_help) {
+  if (asks_help(*word)) {
     print_help();
-  } else {
-    int status = read_command(&command, argv + (argc > 0));
-    if (status) return status;
-    run_command(&command);
+    return finish(0);
   }
-  if (fflush(stdout) || ferror(stdout))
-    tbr_fail("standard output cannot be written: %s", strerror(errno));
-  return 0;
+  int status = read_command(&command, word);
+  if (!status) run_command(&command);
+  return finish(status);
 }
 #endif
