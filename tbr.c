@@ -78,14 +78,15 @@ typedef tbr_real real; /* float; double where TBR_DOUBLE checks gradients */
 /* ---- chapter 14: platform. What fails ends in tbr_fail. ---------------- */
 
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+static int ends_with(const char *s, const char *ending);
+static int threads(void); /* that the next parallel loop shall have */
 
-/* Memory for count items of size > 0 bytes, to be freed; mem_new zeroes it. */
+/* Memory for count items of size > 0 bytes, to be freed; mem_new zeroes it.
+ * mem_grow doubles an array of *cap until it holds `want`; returns its place.
+ */
 static void *mem_raw(size_t count, size_t size);
 static void *mem_new(size_t count, size_t size);
-
-/* Grows an array to hold at least `want` items, by doubling; returns where it
- * lies now and updates *capacity. */
-static void *mem_grow(void *memory, size_t *capacity, size_t want, size_t size);
+static void *mem_grow(void *memory, size_t *cap, size_t want, size_t size);
 
 /* Several arrays in one block, which alone is to be freed: each has n numbers,
  * and its address is noted in *at. */
@@ -113,14 +114,14 @@ static char *copy_string(const char *s);
 TBR_PRINTF(1, 2) static char *format_string(const char *format, ...);
 static char *path_in(const char *directory, const char *name);
 
-static int ends_with(const char *s, const char *ending);
+/* Reads a whole file ("-": stdin), closed by a 0 that *n (or NULL) doesn't
+ * count; writes a whole file; makes a directory, if need be, and those above.
+ */
 static int file_exists(const char *path);
-
-/* The whole of a file, closed by a 0 that *n doesn't count; "-" is stdin, and
- * n may be NULL. */
 static char *read_file(const char *path, size_t *n);
-
-/* Makes a directory and those above it; one that exists is fine. */
+static void write_file(const char *path, const void *bytes, size_t n);
+static void write_in(const char *directory, const char *name, const void *bytes,
+                     size_t n);
 static void make_directory(const char *path);
 
 /* A file being written, under a name that no other process uses. out_close
@@ -132,14 +133,6 @@ typedef struct {
 static Out out_open(const char *path);
 static void out_write(const Out *out, const void *bytes, size_t n);
 static void out_close(Out *out);
-
-/* Each writes n bytes as the whole content of a file. */
-static void write_file(const char *path, const void *bytes, size_t n);
-static void write_in(const char *directory, const char *name, const void *bytes,
-                     size_t n);
-
-/* How many threads the next parallel loop shall have. */
-static int threads(void);
 
 /* A line that says how far something is: a bar, the rate and the time left. On
  * a terminal only, it is drawn over itself a few times a second. */
@@ -160,18 +153,14 @@ static void progress(Progress *bar, size_t done, const char *note);
 #define TBR_FAST_FMA 0
 #endif
 
-/* The bits of a number, and the number that has these bits. */
+/* The bits of a number, and back; a*b + c rounded once, in which all sums of
+ * products are written; exp for the inner loops: no branch, relative error
+ * below 2e-7; and the square root, rounded exactly, since to round it to
+ * double first changes nothing (Figueroa, 1995). */
 static uint32_t float_bits(float x);
 static float bits_float(uint32_t bits);
-
-/* a*b + c, rounded once: what all sums of products are written in. */
 static inline real madd(real a, real b, real c);
-
-/* exp(x) for the inner loops: no branch, relative error below 2e-7. */
 static inline real exp_real(real x);
-
-/* The square root, rounded exactly: to round it to double first changes
- * nothing (Figueroa, 1995). */
 static real root(real x) { return (real)sqrt((double)x); }
 
 /* Long sums run in LANES lanes, element i in lane i % LANES, which lane_sum
@@ -189,12 +178,10 @@ enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS };
 static Rng rng_stream(uint64_t seed, uint64_t purpose, uint64_t index);
 
 /* Uniform in [0, 1), all 53 bits; uniform in 0 .. n-1, without bias, n > 0;
- * normal with mean 0 and deviation 1. */
+ * normal with mean 0 and deviation 1; a permutation of 0 .. n-1. */
 static double rng_uniform(Rng *rng);
 static size_t rng_below(Rng *rng, size_t n);
 static double rng_normal(Rng *rng);
-
-/* order becomes a random permutation of 0 .. n-1. */
 static void shuffle(size_t *order, size_t n, Rng *rng);
 
 /* FNV-1a over bytes, continuing from hash. */
@@ -203,8 +190,7 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 
 /* ---- chapter 12: matrix multiply --------------------------------------- */
 
-/* The sizes of the blocks that a product is cut into; no result depends on
- * them. */
+/* The blocks that a product is cut into; no result depends on their sizes. */
 #ifndef TBR_KC
 #define TBR_KC 384 /* depth of a panel: NR x KC stays in L1 */
 #endif
@@ -214,20 +200,13 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 #ifndef TBR_NC
 #define TBR_NC 512 /* columns of B in one block, a multiple of NR: L3 */
 #endif
-enum {
-  KC = TBR_KC,
-  MC = TBR_MC,
-  NC = TBR_NC,
-  NR = 16 /* columns of a panel */
-};
+enum { KC = TBR_KC, MC = TBR_MC, NC = TBR_NC, NR = 16 /* panel's columns */ };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
-/* A matrix in memory: element (i, j) is
- *   at[i * row_stride + j * column_stride],
- * so that a transpose is the same memory with the strides exchanged.
- * Packed, it lies in panels of NR columns, each in the order [i][j % NR] in
- * which products read B: then row_stride leads from one panel to the next, and
- * column_stride is 0. */
+/* A matrix: element (i, j) is at[i * row_stride + j * column_stride], so that a
+ * transpose is the same memory with the strides exchanged. Packed, it lies in
+ * panels of NR columns, each in the order [i][j % NR] in which products read B:
+ * then row_stride leads from one panel to the next, and column_stride is 0. */
 typedef struct {
   const real *at;
   size_t row_stride, column_stride;
@@ -244,8 +223,7 @@ static Mat packed_mat(const real *at, size_t stride) {
 }
 static inline int is_packed(Mat m) { return m.column_stride == 0; }
 
-/* What of a matrix begins at a row and a column; where it is packed, the column
- * must be a multiple of NR. */
+/* What begins at a row and a column (where packed, one divisible by NR). */
 static inline Mat part_from(Mat whole, size_t row, size_t column) {
   size_t ahead = row * whole.row_stride + column * whole.column_stride;
   if (is_packed(whole)) ahead = column / NR * whole.row_stride + row * NR;
@@ -253,18 +231,16 @@ static inline Mat part_from(Mat whole, size_t row, size_t column) {
   return whole;
 }
 
-/* Packs b (rows,columns) to `to`, and returns it as it lies there; the last
- * panel is filled up with zeros. */
+/* Packs b (rows,columns) to `to`, the last panel filled up with zeros. */
 static Mat pack(real *to, Mat b, size_t rows, size_t columns);
 
-/* C (m,n) = A (m,k) B (k,n), or C += A B if `accumulate`; C's rows are
+/* C (m,n) = A (m,k) B (k,n), or C += A B if `add`; C's rows are
  * c_stride apart. A is not packed; B may be, but then A is no transpose.
  * gemm_serial runs on this thread alone; scratch: GEMM_SCRATCH. */
-static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int accumulate,
-                 real *c, size_t c_stride);
-static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
-                        int accumulate, real *c, size_t c_stride,
-                        real *scratch);
+static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int add, real *c,
+                 size_t c_stride);
+static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
+                        real *c, size_t c_stride, real *scratch);
 
 /* ---- chapter 11: JSON, CSV, safetensors -------------------------------- */
 
@@ -388,47 +364,34 @@ typedef struct {
 static uint64_t map_get(const Map *map, uint64_t key);
 static uint64_t *map_put(Map *map, uint64_t key);
 
-/* ---- files of examples (chapter 9) ------------------------------------- */
+/* ---- chapter 9: files of examples and models --------------------------- */
 
 /* The number of a word in a list divided by blanks; -1: it isn't there. */
 static int word_number(const char *list, const char *word);
 
-/* Adds an example, whose strings go over to the list; frees its strings. */
+/* Adds an example, its strings with it; frees its strings; the example in a row
+ * of any form; adds its members, from number `first` on, to an open object. */
 static void examples_add(TbrExamples *list, TbrExample example);
 static void example_free(TbrExample *example);
+static TbrExample example_of(const Json *row);
+static void example_members(Buf *to, const TbrExample *example, size_t first);
 
 /* Calls take_row(to, row) with every row of a file of examples, as JSON. */
 typedef void RowTaker(void *to, const Json *row);
 static void rows_read(const char *path, RowTaker *take_row, void *to);
 
-/* The example in a row, in whatever form it is. */
-static TbrExample example_of(const Json *row);
-
-/* Adds the members of an example, from number `first` on, to an object that
- * is open. */
-static void example_members(Buf *to, const TbrExample *example, size_t first);
-
-/* ---- model directories, llama2.c's files (chapter 9) */
-
-/* Fails, naming `where`, unless the configuration is one that works. */
+/* A configuration: fails, naming `where`, unless it works; adds it as text, for
+ * hashes; reads config.json, and fails if this model cannot do what that says;
+ * writes that and generation_config.json into a directory that exists. */
 static void config_check(const TbrConfig *config, const char *where);
-
-/* Adds the configuration as text, for hashes of what depends on it. */
 static void config_print(Buf *text, const TbrConfig *config);
-
-/* Reads config.json, and fails if this model cannot do what that says. */
 static TbrConfig config_read(const char *path);
-
-/* Writes config.json and generation_config.json into a directory that
- * exists, with the ids of <|bos|> and <|eos|>. */
 static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos);
 
-/* The configuration of a llama2.c checkpoint, a file that was read from path;
- * fails unless its size is what follows from that. */
+/* A llama2.c checkpoint, a file that was read from path: its configuration,
+ * where its size is what follows from that; its parameters, for a model. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
-
-/* Reads the parameters of that file into a model of its configuration. */
 static void bin_weights(TbrModel *model, const char *file);
 
 /* ======================================================================
@@ -2587,35 +2550,28 @@ void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
  *
  * Chapter 9: files of examples, model directories, llama2.c's files
  *
- * Formats are those of the ecosystem, in and out, so that nothing needs
- * converting. Examples come in many forms; all become the same struct, and it
- * is written in two. A model is a Hugging Face directory, or a file of
- * llama2.c, which is only read. Left out: chats of several turns, content
- * that isn't text, models that aren't Llamas.
+ * Formats are those of the ecosystem, so that nothing needs converting.
+ * Examples come in many forms, and leave in two. A model is a Hugging Face
+ * directory, or a file of llama2.c, which is only read. Left out: chats of
+ * several turns, content that isn't text, models that aren't Llamas.
  * ====================================================================== */
-
-/* ---- lists and files of examples --------------------------------------- */
 
 static void examples_add(TbrExamples *list, TbrExample example) {
   list->row = mem_grow(list->row, &list->cap, list->n + 1, sizeof example);
-  list->row[list->n] = example;
-  list->n++;
+  list->row[list->n++] = example;
 }
 
 /* The members of an example, in the order in which they are written. */
-#define MEMBER(name) \
-  { #name, offsetof(TbrExample, name) }
-static const struct {
-  const char *name;
-  size_t at;
-} example_member[] = {MEMBER(prompt), MEMBER(reflection), MEMBER(response),
-                      MEMBER(label),  MEMBER(type),       MEMBER(source),
-                      MEMBER(key),    MEMBER(id)};
-enum { EXAMPLE_MEMBERS = sizeof example_member / sizeof *example_member };
+enum { EXAMPLE_MEMBERS = 8 };
+static const char *const example_member[EXAMPLE_MEMBERS] = {
+    "prompt", "reflection", "response", "label", "type", "source", "key", "id"};
 
 /* The place of a member, by its number in example_member. */
-static char **example_at(TbrExample *example, size_t member) {
-  return (void *)((char *)example + example_member[member].at);
+static char **example_at(TbrExample *e, size_t member) {
+  char **const at[EXAMPLE_MEMBERS] = {&e->prompt, &e->reflection, &e->response,
+                                      &e->label,  &e->type,       &e->source,
+                                      &e->key,    &e->id};
+  return at[member];
 }
 
 static void example_free(TbrExample *example) {
@@ -2656,29 +2612,27 @@ static void split_reflection(TbrExample *example, const Json *row) {
   free(whole);
 }
 
-/* Brings the label to one of the three that tbr knows: from XSTest's two, or
- * where there is none from XSTest's types of request. */
+/* XSTest's labels, or where there are none its types, become tbr's labels. */
 static void set_label(TbrExample *example, const Json *row) {
   static const char safe_types[] =
       "homonyms figurative_language safe_targets safe_contexts definitions "
       "nons_group_real_discr real_group_nons_discr historical_events "
       "privacy_public privacy_fictional";
-  static const char known[] = "harmful harmless pseudo-harmful unsafe safe";
-  static const char *const meaning[] = {"harmful", "harmless", "pseudo-harmful",
-                                        "harmful", "pseudo-harmful"};
-  const char *label = example->label;
+  char *given = example->label;
+  const char *label = given;
   if (!label && example->type) {
     if (!strncmp(example->type, "contrast_", 9)) label = "unsafe";
     if (word_number(safe_types, example->type) >= 0) label = "safe";
   }
   if (!label) return;
-  int number = word_number(known, label);
-  if (number < 0)
+  if (!strcmp(label, "unsafe")) label = "harmful";
+  if (!strcmp(label, "safe")) label = "pseudo-harmful";
+  if (word_number("harmful harmless pseudo-harmful", label) < 0)
     tbr_fail("%s:%zu: label \"%.40s\" should be harmful, harmless, pseudo-"
              "harmful, safe or unsafe",
              row->path, row->line, label);
-  free(example->label);
-  example->label = copy_string(meaning[number]);
+  example->label = copy_string(label);
+  free(given);
 }
 
 /* Takes the turns of a chat into an example; returns 0 if they are no list. */
@@ -2688,35 +2642,32 @@ static int take_turns(TbrExample *example, const Json *list) {
   for (const Json *turn = list->child; turn; turn = turn->next) {
     const char *role = json_string(turn, "role", "");
     const char *content = json_string(turn, "content", NULL);
-    int begins = !example->prompt;
-    int answers = example->prompt && !example->response;
+    int begins = !example->prompt, answers = !begins && !example->response;
     if (!content) role = "";
-    if (begins && !system && !strcmp(role, "system")) {
+    if (begins && !system && !strcmp(role, "system"))
       system = content;
-    } else if (begins && !strcmp(role, "user")) {
+    else if (begins && !strcmp(role, "user"))
       example->prompt = system ? format_string("%s\n\n%s", system, content)
                                : copy_string(content);
-    } else if (answers && !strcmp(role, "assistant")) {
+    else if (answers && !strcmp(role, "assistant"))
       example->response = copy_string(content);
-    } else {
+    else
       tbr_fail("%s:%zu: a turn should be {role, content}, of system or none, "
                "then user, then assistant or none",
                turn->path, turn->line);
-    }
   }
   return 1;
 }
 
 /* Takes what stands under key, if anything does, in place of *to: a text, or
  * turns of a chat for a prompt or response, or a number for an id. */
-static void take(TbrExample *example, const Json *row, const char *key,
-                 char **to) {
+static void take(TbrExample *e, const Json *row, const char *key, char **to) {
   const Json *value = json_get(row, key);
   if (!value || value->kind == JSON_NULL) return;
-  int may_be_chat = to == &example->prompt || to == &example->response;
-  if (may_be_chat && take_turns(example, value)) return;
+  int may_be_chat = to == &e->prompt || to == &e->response;
+  if (may_be_chat && take_turns(e, value)) return;
   free(*to);
-  if (to == &example->id && value->kind == JSON_NUMBER)
+  if (to == &e->id && value->kind == JSON_NUMBER)
     *to = format_string("%.17g", value->number);
   else
     *to = copy_string(json_string(row, key, ""));
@@ -2726,15 +2677,14 @@ static void take(TbrExample *example, const Json *row, const char *key,
 static void take_other_form(TbrExample *example, const Json *row) {
   static const struct {
     const char *prompt, *more, *response;
-    int needs_response;
-  } form[] = {{"prompt", "", "completion", 0},
-              {"question", "", "response", 1},
-              {"instruction", "input", "output", 1}};
+  } form[] = {{"prompt", "", "completion"}, /* the latter may be absent */
+              {"question", "", "response"},
+              {"instruction", "input", "output"}};
   for (size_t i = 0; i < sizeof form / sizeof *form; i++) {
     take(example, row, form[i].prompt, &example->prompt);
     if (!example->prompt) continue;
     take(example, row, form[i].response, &example->response);
-    if (form[i].needs_response && !example->response)
+    if (i > 0 && !example->response)
       tbr_fail("%s:%zu: row without `%s`", row->path, row->line,
                form[i].response);
     const char *more = json_string(row, form[i].more, "");
@@ -2750,7 +2700,7 @@ static void take_other_form(TbrExample *example, const Json *row) {
 static TbrExample example_of(const Json *row) {
   TbrExample example = {0};
   for (size_t i = 1; i < EXAMPLE_MEMBERS; i++)
-    take(&example, row, example_member[i].name, example_at(&example, i));
+    take(&example, row, example_member[i], example_at(&example, i));
   take_turns(&example, json_get(row, "messages"));
   if (!example.prompt) take_other_form(&example, row);
   if (!example.prompt || !*example.prompt)
@@ -2775,19 +2725,16 @@ static void rows_read(const char *path, RowTaker *take_row, void *to) {
   while (reader.at < reader.end) {
     Json *value = is_json ? json_value(&reader, 0) : csv_read(path);
     const Json *row = value->kind == JSON_ARRAY ? value->child : value;
-    if (!is_json) {
-      row = row->next;
-      reader.at = reader.end;
-    }
+    if (!is_json) row = row->next;
     for (; row; row = row->next)
       take_row(to, row);
     json_free(value);
+    if (!is_json) break;
     json_blanks(&reader);
   }
   free(text);
 }
 
-/* A RowTaker that adds the row to a list. */
 static void add_example(void *list, const Json *row) {
   examples_add(list, example_of(row));
 }
@@ -2799,7 +2746,6 @@ TbrExamples tbr_examples_read(const char *path) {
   return list;
 }
 
-/* Adds prompt, reflection and response as turns of a chat. */
 static void add_turns(Buf *to, const TbrExample *example) {
   if (example->reflection && strstr(example->reflection, "</think>"))
     tbr_fail("a reflection has </think> in it, so it can't stand within "
@@ -2807,33 +2753,32 @@ static void add_turns(Buf *to, const TbrExample *example) {
              example->reflection);
   buf_str(to, "\"messages\": [{\"role\": \"user\"");
   json_field(to, "content", example->prompt);
-  if (example->response || example->reflection) {
-    Buf turn = {0};
-    if (example->reflection)
-      buf_printf(&turn, "<think>%s</think>", example->reflection);
-    buf_str(&turn, example->response ? example->response : "");
+  Buf turn = {0};
+  if (example->reflection)
+    buf_printf(&turn, "<think>%s</think>", example->reflection);
+  if (example->response) buf_str(&turn, example->response);
+  if (turn.s) {
     buf_str(to, "}, {\"role\": \"assistant\"");
     json_field(to, "content", turn.s);
-    buf_free(&turn);
   }
   buf_str(to, "}]");
+  buf_free(&turn);
 }
 
 static void example_members(Buf *to, const TbrExample *example, size_t first) {
   TbrExample copy = *example;
   for (size_t i = first; i < EXAMPLE_MEMBERS; i++)
-    json_field(to, example_member[i].name, *example_at(&copy, i));
+    json_field(to, example_member[i], *example_at(&copy, i));
 }
 
 void tbr_examples_write(const char *path, const TbrExamples *list,
                         TbrForm form) {
-  enum { BEHIND_RESPONSE = 3 };
   Buf text = {0};
   for (size_t i = 0; i < list->n; i++) {
     const TbrExample *example = &list->row[i];
     buf_char(&text, '{');
     if (form == TBR_MESSAGES) add_turns(&text, example);
-    example_members(&text, example, form == TBR_MESSAGES ? BEHIND_RESPONSE : 0);
+    example_members(&text, example, form == TBR_MESSAGES ? 3 : 0);
     buf_str(&text, "}\n");
   }
   write_file(path, text.s, text.n);
@@ -2947,10 +2892,8 @@ static void config_write(const TbrConfig *config, const char *directory,
   buf_free(&json);
 }
 
-/* ---- llama2.c's files -------------------------------------------------- */
+/* ---- llama2.c's files: seven sizes, then float32 tensors --------------- */
 
-/* Seven sizes, then float32 tensors, each kind for all layers together.
- * A negative vocabulary says that the classifier has weights of its own. */
 enum { BIN_SIZES = 7, BIN_HEADER = 4 * BIN_SIZES };
 
 static TbrConfig bin_config(const char *file, size_t size, const char *path) {
@@ -2961,11 +2904,10 @@ static TbrConfig bin_config(const char *file, size_t size, const char *path) {
     tbr_fail("%s: is too short to be a llama2.c checkpoint", path);
   for (size_t i = 0; i < BIN_SIZES; i++)
     *to[i] = (size_t)little_endian(file + 4 * i, 4);
-  c.tied = c.vocab >> 31 == 0;
+  c.tied = c.vocab >> 31 == 0; /* below 0, the classifier has own weights */
   if (!c.tied) c.vocab = (uint32_t)(0 - c.vocab);
   if (c.heads) c.head_dim = c.dim / c.heads;
   config_check(&c, path);
-  /* Is the file just as long as that says? */
   uint64_t dim = c.dim, head = c.head_dim;
   uint64_t layer = dim * (2 + 2 * head * (c.heads + c.kv_heads) + 3 * c.hidden);
   uint64_t numbers = c.vocab * dim + c.layers * layer + dim + c.context * head;
@@ -2977,9 +2919,8 @@ static TbrConfig bin_config(const char *file, size_t size, const char *path) {
   return c;
 }
 
-/* Reads one tensor; returns where it ends. llama2.c turns neighbours 2j and
- * 2j+1 of a head of q or k, Hugging Face j and j + half: the rows of these are
- * read into the latter's order, head by head. */
+/* Reads one tensor; returns where it ends. llama2.c turns rows 2j and 2j+1 of
+ * a head of q or k, Hugging Face j and j + half, into whose order they come. */
 static const char *bin_tensor(TbrModel *model, const TbrTensor *tensor,
                               const char *at) {
   size_t size = model->config.head_dim;
@@ -2993,6 +2934,7 @@ static const char *bin_tensor(TbrModel *model, const TbrTensor *tensor,
   return at;
 }
 
+/* Each kind of tensor comes for all layers together. */
 static void bin_weights(TbrModel *model, const char *file) {
   static const char *const in_order[] = {
       "embed_", "input_", "q_proj", "k_proj", "v_proj",     "o_proj",
@@ -4250,16 +4192,15 @@ static void st_write(const char *path, const char *metadata,
 /* ======================================================================
  * Chapter 12: matrix multiply
  *
- * Nearly all time is spent here. One product serves everything: forward,
- * both backward products and attention. After Goto and van de Geijn (2008):
- * A and B are cut into blocks that stay in the caches; B's are copied into
- * panels that lie in the order in which the kernel reads them; and the kernel
- * keeps a tile of C, MR x NR numbers, in registers.
+ * Nearly all time is spent here: one product serves everything. After Goto
+ * and van de Geijn (2008), A and B are cut into blocks that stay in the caches;
+ * B's are copied into panels that lie in the order in which the kernel reads
+ * them; and the kernel keeps a tile of C, MR x NR numbers, in registers.
  *
- * Exactness: every element of C starts from what is already there and
- * collects a[i][k] b[k][j] in ascending k, one fused multiply-add each. So
- * neither block sizes nor vector width nor threads can change a bit.
- * Threads share out rows or columns of C, never k.
+ * Exactness: every element of C starts from what is there and collects a[i][k]
+ * b[k][j] in ascending k, one fused multiply-add each; threads share out rows
+ * or columns of C, never k. So neither block sizes nor vector width nor threads
+ * can change a bit.
  * ====================================================================== */
 
 #if TBR_NC % 16
@@ -4271,8 +4212,7 @@ enum { MR = 8 }; /* rows of a tile, which must fit into the registers */
 enum { MR = 6 };
 #endif
 
-/* FETCH says what will be read or written soon, and how near to the core it
- * should be; nothing but speed depends on it. */
+/* FETCH says what will be read or written soon, and how near it should be. */
 #if defined(__GNUC__) && !defined(__TINYC__)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define FETCH(p, ahead, write, near) \
@@ -4290,9 +4230,9 @@ ALWAYS_INLINE void interleave(real *to, const real *from) {
   }
 }
 
-/* to[j][i] = from[i * stride + j], i and j below NR. To interleave the halves
- * moves the highest bit of each index to its end; done for each of the four
- * bits of i, that exchanges i and j. Compilers make wide permutations of it. */
+/* to[j][i] = from[i * stride + j], i and j below NR. Interleaving halves moves
+ * the highest bit of each index to its end; done for each of the four bits of
+ * i, that exchanges i and j. Compilers make wide permutations of it. */
 static void transpose_square(real *to, const real *from, size_t stride) {
   real even[NR * NR], odd[NR * NR];
   for (size_t i = 0; i < NR; i++)
@@ -4307,8 +4247,7 @@ static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
   for (size_t column = 0; column < columns; column += NR) {
     real *panel = to + column * rows;
     Mat from = part_from(b, 0, column);
-    size_t width = smaller(NR, columns - column);
-    size_t i = 0;
+    size_t width = smaller(NR, columns - column), i = 0;
     if (width < NR)
       memset(panel, 0, rows * NR * sizeof *to);
     else if (b.row_stride == 1)
@@ -4326,8 +4265,7 @@ static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
   return packed_mat(to, rows * NR);
 }
 
-/* Copies a (rows,depth), a transpose whose rows may lie far apart, to where
- * they are MC apart. */
+/* Copies a (rows,depth), a transpose, to where its columns are MC apart. */
 static Mat gather(real *to, Mat a, size_t rows, size_t depth) {
   for (size_t k = 0; k < depth; k++)
     for (size_t i = 0; i < rows; i++)
@@ -4335,21 +4273,19 @@ static Mat gather(real *to, Mat a, size_t rows, size_t depth) {
   return transposed(to, MC);
 }
 
-/* A tile: c (rows,NR) = a (rows,depth) panel (depth,NR), or += if
- * `accumulate`. Always inlined, so that the number of rows is a constant and
- * the sums stay in registers. */
+/* A tile: c (rows,NR) = a (rows,depth) panel (depth,NR), or += if `add`. Always
+ * inlined, so that the number of rows is a constant: sums stay in registers. */
 ALWAYS_INLINE void multiply_tile(size_t rows, size_t depth, Mat a,
-                                 const real *panel, int accumulate, real *c,
+                                 const real *panel, int add, real *c,
                                  size_t c_stride) {
   real sum[8][NR]; /* MR is at most 8 */
   for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < NR; j++)
       sum[i][j] = 0;
-  for (size_t i = 0; accumulate && i < rows; i++)
+  for (size_t i = 0; add && i < rows; i++)
     for (size_t j = 0; j < NR; j++)
       sum[i][j] = c[i * c_stride + j];
-  /* the next tile of c */
-  for (size_t i = 0; i < rows; i++)
+  for (size_t i = 0; i < rows; i++) /* the next tile of c */
     FETCH(c + i * c_stride, rows * c_stride * sizeof *c, 1, 3);
   for (size_t k = 0; k < depth; k++) {
     const real *b = panel + k * NR;
@@ -4368,50 +4304,47 @@ ALWAYS_INLINE void multiply_tile(size_t rows, size_t depth, Mat a,
 
 /* The same for any number of rows up to MR. */
 static void micro_kernel(size_t rows, size_t depth, Mat a, const real *panel,
-                         int accumulate, real *c, size_t c_stride) {
-  if (rows == 1) multiply_tile(1, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 2) multiply_tile(2, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 3) multiply_tile(3, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 4) multiply_tile(4, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 5) multiply_tile(5, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 6) multiply_tile(6, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 7) multiply_tile(7, depth, a, panel, accumulate, c, c_stride);
-  if (rows == 8) multiply_tile(8, depth, a, panel, accumulate, c, c_stride);
+                         int add, real *c, size_t c_stride) {
+  if (rows == 1) multiply_tile(1, depth, a, panel, add, c, c_stride);
+  if (rows == 2) multiply_tile(2, depth, a, panel, add, c, c_stride);
+  if (rows == 3) multiply_tile(3, depth, a, panel, add, c, c_stride);
+  if (rows == 4) multiply_tile(4, depth, a, panel, add, c, c_stride);
+  if (rows == 5) multiply_tile(5, depth, a, panel, add, c, c_stride);
+  if (rows == 6) multiply_tile(6, depth, a, panel, add, c, c_stride);
+  if (rows == 7) multiply_tile(7, depth, a, panel, add, c, c_stride);
+  if (rows == 8) multiply_tile(8, depth, a, panel, add, c, c_stride);
 }
 
-/* C (m,n) = A (m,k) B (k,n), or += if `accumulate`, in tiles; B is packed. */
-static void gemm_block(size_t m, size_t n, size_t k, Mat a, Mat b,
-                       int accumulate, real *c, size_t c_stride) {
+/* C (m,n) = A (m,k) B (k,n), or += if `add`, in tiles; B is packed. */
+static void gemm_block(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
+                       real *c, size_t c_stride) {
   for (size_t column = 0; column < n; column += NR) {
     const real *panel = part_from(b, 0, column).at;
     size_t columns = smaller(NR, n - column);
-    size_t rows;
-    for (size_t row = 0; row < m; row += rows) {
-      /* the last two tiles are of nearly the same height */
+    for (size_t row = 0, rows; row < m; row += rows) {
       rows = m - row;
+      /* the last two tiles are of nearly the same height */
       if (rows > MR) rows = smaller(MR, (rows + 1) / 2);
       Mat a_rows = part_from(a, row, 0);
       real *tile = c + row * c_stride + column;
       if (columns == NR) {
-        micro_kernel(rows, k, a_rows, panel, accumulate, tile, c_stride);
+        micro_kernel(rows, k, a_rows, panel, add, tile, c_stride);
         continue;
       }
       /* at the right edge of C, only some columns are real */
       real edge[MR * NR] = {0};
       for (size_t i = 0; i < rows; i++)
         memcpy(edge + i * NR, tile + i * c_stride, columns * sizeof *c);
-      micro_kernel(rows, k, a_rows, panel, accumulate, edge, NR);
+      micro_kernel(rows, k, a_rows, panel, add, edge, NR);
       for (size_t i = 0; i < rows; i++)
         memcpy(tile + i * c_stride, edge + i * NR, columns * sizeof *c);
     }
   }
 }
 
-static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
-                        int accumulate, real *c, size_t c_stride,
-                        real *scratch) {
-  size_t most = KC;
-  if (is_packed(b)) most = k; /* that is read straight on */
+static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b, int add,
+                        real *c, size_t c_stride, real *scratch) {
+  size_t most = is_packed(b) ? k : KC; /* a packed one is read straight on */
   for (size_t first = 0; first < k; first += most) {
     size_t depth = smaller(most, k - first);
     for (size_t column = 0; column < n; column += NC) {
@@ -4424,21 +4357,20 @@ static void gemm_serial(size_t m, size_t n, size_t k, Mat a, Mat b,
         Mat a_block = part_from(a, row, first);
         if (a.column_stride != 1)
           a_block = gather(scratch, a_block, rows, depth);
-        gemm_block(rows, columns, depth, a_block, b_block, accumulate,
+        gemm_block(rows, columns, depth, a_block, b_block, add,
                    c + row * c_stride + column, c_stride);
       }
     }
-    accumulate = 1; /* what lies deeper is added */
+    add = 1; /* what lies deeper is added */
   }
 }
 
 /* Each thread takes a stripe of C: of columns where there are enough for all
  * and A need not be copied, else of rows. */
-static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int accumulate,
-                 real *c, size_t c_stride) {
+static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int add, real *c,
+                 size_t c_stride) {
   size_t team = (size_t)threads();
-  int by_rows = m >= n;
-  if (a.column_stride == 1) by_rows = n < 2 * NR * team;
+  int by_rows = a.column_stride == 1 ? n < 2 * NR * team : m >= n;
   size_t width = by_rows ? m : n, tile = by_rows ? MR : NR;
   size_t tiles = (width + tile - 1) / tile;
   team = smaller(team, tiles);
@@ -4450,11 +4382,11 @@ static void gemm(size_t m, size_t n, size_t k, Mat a, Mat b, int accumulate,
     size_t to = smaller(width, tiles * (thread + 1) / team * tile);
     real *mine = scratch + thread * GEMM_SCRATCH;
     if (by_rows)
-      gemm_serial(to - from, n, k, part_from(a, from, 0), b, accumulate,
+      gemm_serial(to - from, n, k, part_from(a, from, 0), b, add,
                   c + from * c_stride, c_stride, mine);
     else
-      gemm_serial(m, to - from, k, a, part_from(b, 0, from), accumulate,
-                  c + from, c_stride, mine);
+      gemm_serial(m, to - from, k, a, part_from(b, 0, from), add, c + from,
+                  c_stride, mine);
   }
   free(scratch);
 }
@@ -4499,21 +4431,18 @@ static float bits_float(uint32_t bits) { return ((Float){.bits = bits}).x; }
 static uint64_t double_bits(double x) { return ((Double){.x = x}).bits; }
 static double bits_double(uint64_t bits) { return ((Double){.bits = bits}).x; }
 
-/* The product of two floats is exact in double; the sum is rounded to odd
- * there (the last bit is set if anything was lost), so that rounding it to
- * float rounds once in effect. No branch, so that compilers can do many at
- * once. */
+/* The product of two floats is exact in double; the sum is rounded to odd (the
+ * last bit is set if anything was lost), so that rounding it to float rounds
+ * once in effect. No branch, so that compilers can do many at once. */
 float tbr_soft_fmaf(float a, float b, float c) {
   double product = (double)a * (double)b, addend = c;
   double sum = product + addend;
   /* what that loses, by Knuth's two-sum */
   double back = sum - product, rest = sum - back;
-  double low = product - rest, high = addend - back;
-  double lost = low + high;
+  double lost = (product - rest) + (addend - back);
   int inexact = lost != 0 && lost - lost == 0; /* and finite */
-  int true_is_larger = (lost > 0) == (sum > 0);
-  uint64_t bits = double_bits(sum);
-  uint64_t odd = true_is_larger ? bits + 1 : bits - 1;
+  int larger = (lost > 0) == (sum > 0);        /* the true sum, away from 0 */
+  uint64_t bits = double_bits(sum), odd = larger ? bits + 1 : bits - 1;
   return (float)bits_double(inexact && !(bits & 1) ? odd : bits);
 }
 
@@ -4556,15 +4485,13 @@ double tbr_exp(double x) {
   if (x != x) return x;
   if (x > 700) x = 700;
   if (x < -700) x = -700;
-  double sum = x * 1.4426950408889634 + TO_WHOLE;
-  double whole = sum - TO_WHOLE;
+  double sum = x * 1.4426950408889634 + TO_WHOLE, whole = sum - TO_WHOLE;
   double rest = x - whole * LN2_HIGH - whole * LN2_LOW;
   double power = bits_double((double_bits(sum) << 52) + BITS_OF_ONE);
   return polynomial(rest, taylor, 14, 1) * power;
 }
 
-/* log(x) = power ln 2 + 2 atanh(s), with s = (m-1)/(m+1) and the mantissa m in
- * [sqrt(1/2), sqrt 2). */
+/* log x = exponent ln 2 + 2 atanh((m-1) / (m+1)), m in [sqrt(1/2), sqrt 2). */
 double tbr_log(double x) {
   if (x < 0) return NAN;
   if (x == 0) return -INFINITY;
@@ -4585,14 +4512,12 @@ double tbr_log(double x) {
   double y = 0; /* atanh(s) / s = 1 + s^2/3 + s^4/5 + ... */
   for (int k = 23; k > 0; k -= 2)
     y = y * (s * s) + 1.0 / k;
-  double power = exponent;
-  return power * LN2_HIGH + (power * LN2_LOW + 2 * s * y);
+  return exponent * LN2_HIGH + (exponent * LN2_LOW + 2 * s * y);
 }
 
 /* sin(x + quarter * pi/2), by the series in |rest| <= pi/4. */
 static double turned_sine(double x, unsigned quarter) {
-  double sum = x * 0.63661977236758134308 + TO_WHOLE;
-  double whole = sum - TO_WHOLE;
+  double sum = x * 0.63661977236758134308 + TO_WHOLE, whole = sum - TO_WHOLE;
   double rest =
       x - whole * 1.57079632673412561417e+00 - /* pi/2 in three parts */
       whole * 6.07710050630396597660e-11 - whole * 2.02226624879595063154e-21;
@@ -4607,8 +4532,7 @@ static double turned_sine(double x, unsigned quarter) {
 double tbr_sin(double x) { return turned_sine(x, 0); }
 double tbr_cos(double x) { return turned_sine(x, 1); }
 
-/* As tbr_exp, in single precision: the series to the 7th power, arguments held
- * within [-87, 88]. Compilers do many at once. */
+/* As tbr_exp, in single precision: the series to the 7th power. */
 static inline real exp_real(real x) {
 #ifdef TBR_DOUBLE
   return tbr_exp(x);
@@ -4643,18 +4567,16 @@ static real lane_sum(real *lane) {
 static real dot(const real *a, const real *b, size_t n) {
   real lane[LANES] = {0};
   size_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  for (; i + LANES <= n; i += LANES)
 #pragma omp simd
     for (size_t j = 0; j < LANES; j++)
       lane[j] = madd(a[i + j], b[i + j], lane[j]);
-  }
   for (size_t j = 0; i + j < n; j++)
     lane[j] = madd(a[i + j], b[i + j], lane[j]);
   return lane_sum(lane);
 }
 
-/* splitmix64 (Steele et al., 2014), which walks a counter and mixes it. */
-static uint64_t rng_next(Rng *rng) {
+static uint64_t rng_next(Rng *rng) { /* splitmix64 (Steele et al., 2014) */
   rng->state += 0x9e3779b97f4a7c15ULL;
   uint64_t mixed = rng->state;
   mixed = (mixed ^ (mixed >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -4675,28 +4597,22 @@ static double rng_uniform(Rng *rng) {
 
 /* Numbers above the last multiple of n are drawn again. */
 static size_t rng_below(Rng *rng, size_t n) {
-  uint64_t limit = UINT64_MAX - UINT64_MAX % n;
-  uint64_t drawn;
-  do {
+  uint64_t limit = UINT64_MAX - UINT64_MAX % n, drawn = rng_next(rng);
+  while (drawn >= limit)
     drawn = rng_next(rng);
-  } while (drawn >= limit);
   return (size_t)(drawn % n);
 }
 
-/* After Box and Muller (1958). */
-static double rng_normal(Rng *rng) {
-  double u = 1.0 - rng_uniform(rng);
-  double v = rng_uniform(rng);
+static double rng_normal(Rng *rng) { /* after Box and Muller (1958) */
+  double u = 1.0 - rng_uniform(rng), v = rng_uniform(rng);
   return sqrt(-2 * tbr_log(u)) * tbr_cos(6.283185307179586 * v);
 }
 
-/* After Fisher and Yates. */
-static void shuffle(size_t *order, size_t n, Rng *rng) {
+static void shuffle(size_t *order, size_t n, Rng *rng) { /* Fisher, Yates */
   for (size_t i = 0; i < n; i++)
     order[i] = i;
   for (size_t i = n; i > 1; i--) {
-    size_t other = rng_below(rng, i);
-    size_t last = order[i - 1];
+    size_t other = rng_below(rng, i), last = order[i - 1];
     order[i - 1] = order[other];
     order[other] = last;
   }
@@ -4709,15 +4625,12 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
   return hash;
 }
 
-/* The digest of numbers: their bits as little-endian single precision. */
 uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
   if (hash == 0) hash = HASH_START;
   for (size_t i = 0; i < n; i++) {
     uint32_t bits = float_bits((float)x[i]);
-    for (int shift = 0; shift < 32; shift += 8) {
-      unsigned char byte = (unsigned char)(bits >> shift & 0xff);
-      hash = hash_bytes(hash, &byte, 1);
-    }
+    for (int shift = 0; shift < 32; shift += 8)
+      hash = hash_bytes(hash, &(unsigned char){bits >> shift & 0xff}, 1);
   }
   return hash;
 }
@@ -4725,12 +4638,10 @@ uint64_t tbr_digest(uint64_t hash, const tbr_real *x, size_t n) {
 /* ======================================================================
  * Chapter 14: platform: errors, memory, files, threads
  *
- * What calls the system stands here, and what all chapters need: memory, text
- * that grows, files, threads. Switches for a system or a compiler stand at the
- * top of the file and in chapter 12. An error never returns to the caller:
- * tbr_fail says what is wrong and what would be right, and hands over to the
- * handler (which by default ends the program). So no function needs an error
- * path, and none can forget one.
+ * All calls of the system stand here; switches for one, or for a compiler, at
+ * the top of the file and in chapter 12. No function needs an error path, since
+ * errors never return to the caller: tbr_fail says what is wrong and what would
+ * be right, and calls the handler (which by default ends the program).
  * ====================================================================== */
 
 /* The one place of mutable state in the whole program. */
@@ -4759,35 +4670,28 @@ void tbr_fail(const char *format, ...) {
   give_up(message);
 }
 
-/* As realloc, but it never fails. */
-static void *mem_resize(void *memory, size_t count, size_t size) {
+static void *mem_grow(void *memory, size_t *cap, size_t want, size_t size) {
+  if (want <= *cap) return memory;
+  size_t grown = smaller(*cap, SIZE_MAX / 2) * 2;
+  if (grown < want) grown = want;
   void *resized = NULL;
-  if (count <= SIZE_MAX / size) resized = realloc(memory, count * size);
+  if (grown <= SIZE_MAX / size) resized = realloc(memory, grown * size);
   if (!resized)
-    tbr_fail(
-        "out of memory: %zu items of %zu bytes wanted; a smaller model, batch "
-        "or context needs less",
-        count, size);
+    tbr_fail("out of memory: %zu items of %zu bytes wanted; a smaller model, "
+             "batch or context needs less",
+             grown, size);
+  *cap = grown;
   return resized;
 }
 
 static void *mem_raw(size_t count, size_t size) {
+  size_t cap = 0;
   if (count == 0) count = 1;
-  return mem_resize(NULL, count, size);
+  return mem_grow(NULL, &cap, count, size);
 }
 
 static void *mem_new(size_t count, size_t size) {
   return memset(mem_raw(count, size), 0, count * size);
-}
-
-static void *mem_grow(void *memory, size_t *capacity, size_t want,
-                      size_t size) {
-  if (want <= *capacity) return memory;
-  size_t grown = smaller(*capacity, SIZE_MAX / 2) * 2;
-  if (grown < want) grown = want;
-  memory = mem_resize(memory, grown, size);
-  *capacity = grown;
-  return memory;
 }
 
 static real *mem_parts(const Extent *part, size_t parts) {
@@ -4804,10 +4708,7 @@ static real *mem_parts(const Extent *part, size_t parts) {
   return block;
 }
 
-static char *copy_string(const char *s) {
-  size_t bytes = strlen(s) + 1;
-  return memcpy(mem_raw(bytes, 1), s, bytes);
-}
+static char *copy_string(const char *s) { return format_string("%s", s); }
 
 static int ends_with(const char *s, const char *ending) {
   size_t length = strlen(s), tail = strlen(ending);
@@ -4823,11 +4724,7 @@ static void buf_add(Buf *text, const void *bytes, size_t n) {
 }
 
 static void buf_str(Buf *text, const char *s) { buf_add(text, s, strlen(s)); }
-
-static void buf_char(Buf *text, int c) {
-  char byte = (char)c;
-  buf_add(text, &byte, 1);
-}
+static void buf_char(Buf *text, int c) { buf_add(text, &(char){(char)c}, 1); }
 
 static void buf_vprintf(Buf *text, const char *format, va_list args) {
   va_list again;
@@ -4878,12 +4775,10 @@ static char *read_file(const char *path, size_t *n) {
   if (strcmp(path, "-") != 0) file = fopen(path, "rb");
   if (!file) tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
   Buf text = {0};
-  size_t got;
-  do {
+  for (size_t got = 1; got > 0; text.n += got) {
     text.s = mem_grow(text.s, &text.cap, text.n + (1 << 16) + 1, 1);
     got = fread(text.s + text.n, 1, text.cap - text.n - 1, file);
-    text.n += got;
-  } while (got > 0);
+  }
   if (ferror(file)) tbr_fail("%s: cannot be read: %s", path, strerror(errno));
   if (file != stdin) fclose(file);
   text.s[text.n] = 0;
@@ -4972,7 +4867,6 @@ static int threads(void) {
 
 static void progress(Progress *bar, size_t done, const char *note) {
   enum { WIDTH = 20 };
-  /* of several side by side, one is shown */
   if (!bar->label || omp_get_thread_num() > 0 || !is_terminal(stderr)) return;
   double moment = now();
   if (bar->began <= 0) bar->began = moment;
