@@ -82,8 +82,8 @@ static int ends_with(const char *s, const char *ending);
 static int threads(void); /* that the next parallel loop shall have */
 
 /* Memory for count items of size > 0 bytes, to be freed; mem_new zeroes it.
- * mem_grow doubles an array of *cap until it holds `want`; returns its place.
- */
+ * mem_grow makes an array of *cap hold `want` items, by doubling it; updates
+ * *cap and returns where it lies now. */
 static void *mem_raw(size_t count, size_t size);
 static void *mem_new(size_t count, size_t size);
 static void *mem_grow(void *memory, size_t *cap, size_t want, size_t size);
@@ -115,8 +115,8 @@ TBR_PRINTF(1, 2) static char *format_string(const char *format, ...);
 static char *path_in(const char *directory, const char *name);
 
 /* Reads a whole file ("-": stdin), closed by a 0 that *n (or NULL) doesn't
- * count; writes a whole file; makes a directory, if need be, and those above.
- */
+ * count; writes a whole file; makes a directory, if need be with those above,
+ * and is content with one that exists. */
 static int file_exists(const char *path);
 static char *read_file(const char *path, size_t *n);
 static void write_file(const char *path, const void *bytes, size_t n);
@@ -504,8 +504,7 @@ static void tokens_text(TbrTokens *to, const TbrTokenizer *tok,
 
 /* ---- a dialogue put together, and its mask ----------------------------- */
 
-/* The tokens of the marks, -1 for those that are missing; returns whether all
- * are there. */
+/* The tokens of the marks, -1 for missing ones; returns whether all exist. */
 static int marks_of(const TbrTokenizer *tok, int32_t mark[MARKS]) {
   int all = 1;
   for (size_t i = 0; i < MARKS; i++) {
@@ -1412,8 +1411,7 @@ static void attend_forward(const TbrConfig *config, real *attended, real *qkv,
 }
 
 /* dqkv += its gradient, given dattended (rows, q width). One task is one
- * key-value head of one sequence with the query heads that share it, in order.
- */
+ * key-value head of a sequence with the query heads that share it, in order. */
 static void attend_backward(const TbrConfig *config, real *dqkv,
                             const real *dattended, real *qkv,
                             const Batch *batch) {
@@ -4708,7 +4706,10 @@ static real *mem_parts(const Extent *part, size_t parts) {
   return block;
 }
 
-static char *copy_string(const char *s) { return format_string("%s", s); }
+static char *copy_string(const char *s) {
+  size_t bytes = strlen(s) + 1;
+  return memcpy(mem_raw(bytes, 1), s, bytes);
+}
 
 static int ends_with(const char *s, const char *ending) {
   size_t length = strlen(s), tail = strlen(ending);
@@ -4922,8 +4923,7 @@ typedef struct {
   const char *help;
 } Option;
 
-/* The words that end a WORD's help stand in the order of their enum in tbr.h.
- */
+/* Words that end a WORD's help stand in the order of their enum in tbr.h. */
 #define AT(field) offsetof(Options, field)
 #define STRING_AT(field) STRING, AT(field), ""
 static const Option option[] = {
@@ -5056,8 +5056,8 @@ static void verb_data(const Options *options) {
   tbr_examples_free(&rows);
 }
 
-/* Prints rows as they are trained: with a tokenizer token by token, without
- * one as text. */
+/* Prints rows as they are trained: token by token, or without tokenizer as
+ * text. */
 static void verb_show(const Options *options) {
   const char *from = options->tokenizer, *path = options->argument;
   if (!*from) from = options->model;

@@ -348,7 +348,7 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
 const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
 
 /* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
- * find <s> and </s>. add_marks adds the marks of the dialogue that lack. */
+ * find <s> and </s>. add_marks adds those of the dialogue that are missing. */
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
