@@ -127,9 +127,8 @@ static void add_value(Buf *to, const Cell *cell, const Option *which) {
     buf_printf(to, "%.17g\n", *(const double *)at);
 }
 
-/* A hash of what the base model of a cell depends on: the mix, and the options
- * of `tbr tokenizer` and `tbr pretrain` but for where things are and how they
- * run. */
+/* A hash of what a base model depends on: the mix, the options of `tbr
+ * tokenizer` and `tbr pretrain` but for where things are and how they run. */
 static uint64_t base_hash(const Cell *cell) {
   static const char other[] = " text tokenizer out threads save-every seed ";
   Buf said = {0};
@@ -227,8 +226,7 @@ static void terms_read(Condition *condition, const Grid *grid,
   }
 }
 
-/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
- * and arms should stand above. */
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND"; factors may be left out. */
 static Condition condition_read(const char *text, const Grid *grid,
                                 const Place *place) {
   Condition condition = {.text = text};
@@ -278,8 +276,7 @@ static void claim_read(Grid *grid, char *line, const Place *place) {
 
 /* ---- grids ------------------------------------------------------------- */
 
-/* Sets the option in `name=value`, divided in place, if it has one of these
- * letters. */
+/* Sets the option in `name=value`, divided in place, if it has the letters. */
 static void grid_set(Cell *cell, char *text, const char *letters,
                      const Place *place) {
   char *value = strchr(text, '=');
@@ -324,8 +321,7 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
       list_add(grid->arm, &grid->arms, &grid->arms_cap, &arm, sizeof arm);
 }
 
-/* Sets the options of a command line: --name, value, ..., NULL. Each of them
- * should have one of the letters. */
+/* Sets the options of a command line, which should have these letters. */
 static void set_given(Cell *cell, char *const *given, const char *letters) {
   for (; *given; given += 2)
     option_set(cell, cell_option(*given + 2, letters), given[1], *given);
@@ -642,8 +638,7 @@ static int results_add(Results *results, Result add) {
   return 1;
 }
 
-/* Writes the results of a cell to results.jsonl in its directory; `mark` says
- * what they come from. */
+/* Writes results.jsonl of a cell; `mark` says what they come from. */
 static void results_write(const Cell *cell, const TbrResults *results,
                           const char *mark) {
   Buf text = {0};
