@@ -3,13 +3,12 @@
  *
  * An arm is a way of fine-tuning one base model; a cell is one arm under one
  * seed. A grid names the arms, what they share, and what is claimed of them;
- * README.md beside this file explains its format. Of each cell the rows that
- * it trains on are a file, train.jsonl, which `tbr train` takes as well: what
- * is audited is exactly what is trained. Every stage leaves its result on disk
- * with a mark of what it was made from, so a grid that was stopped goes on
- * where it was. Rates come with Wilson intervals (1927) over prompts, which
- * leave out how seeds differ, and from two seeds on with t-intervals over
- * seeds.
+ * README.md beside this file explains its format. The rows that a cell trains
+ * on are a file, train.jsonl, which `tbr train` takes as well: what is audited
+ * is exactly what is trained. Every stage leaves its result on disk with a mark
+ * of what it was made from, so a grid that was stopped goes on where it was.
+ * Rates come with Wilson intervals (1927) over prompts, which leave out how
+ * seeds differ, and from two seeds on with t-intervals over seeds.
  *
  * In this order: options; claims; grids; the rows of an arm; the rule of form;
  * results; a cell; the cells of a grid; statistics; tables; the picture; the
@@ -128,9 +127,8 @@ static void add_value(Buf *to, const Cell *cell, const Option *which) {
     buf_printf(to, "%.17g\n", *(const double *)at);
 }
 
-/* A number for the base model of a cell: the hash of what it depends on, the
- * mix and the options of `tbr tokenizer` and `tbr pretrain` but for where
- * things are and how they run. */
+/* A hash of what a base model depends on: the mix, the options of `tbr
+ * tokenizer` and `tbr pretrain` but for where things are and how they run. */
 static uint64_t base_hash(const Cell *cell) {
   static const char other[] = " text tokenizer out threads save-every seed ";
   Buf said = {0};
@@ -174,8 +172,7 @@ typedef struct {
   size_t rate, terms;
   double factor[MOST_TERMS];
   const char *arm[MOST_TERMS];
-  int is_above;
-  double bound;
+  double sign, bound; /* 1: above, -1: below */
 } Condition;
 
 /* A claim holds if all of its conditions do. */
@@ -229,8 +226,7 @@ static void terms_read(Condition *condition, const Grid *grid,
   }
 }
 
-/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND", where factors may be left out
- * and arms should stand above. */
+/* Reads "RATE FACTOR ARM + ARM - ARM > BOUND"; factors may be left out. */
 static Condition condition_read(const char *text, const Grid *grid,
                                 const Place *place) {
   Condition condition = {.text = text};
@@ -246,7 +242,7 @@ static Condition condition_read(const char *text, const Grid *grid,
     while (condition.rate < RATES &&
            strcmp(code, rate_kind[condition.rate].code))
       condition.rate++;
-    condition.is_above = *words.cell[sign] == '>';
+    condition.sign = *words.cell[sign] == '>' ? 1 : -1;
     condition.bound = strtod(words.cell[sign + 1], &end);
     is_rule = !*end;
     terms_read(&condition, grid, place, words.cell + 1, sign - 1);
@@ -280,8 +276,7 @@ static void claim_read(Grid *grid, char *line, const Place *place) {
 
 /* ---- grids ------------------------------------------------------------- */
 
-/* Sets the option in `name=value`, divided in place, if it has one of these
- * letters. */
+/* Sets the option in `name=value`, divided in place, if it has the letters. */
 static void grid_set(Cell *cell, char *text, const char *letters,
                      const Place *place) {
   char *value = strchr(text, '=');
@@ -326,8 +321,7 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
       list_add(grid->arm, &grid->arms, &grid->arms_cap, &arm, sizeof arm);
 }
 
-/* Sets the options of a command line: --name, value, ..., NULL. Each of them
- * should have one of the letters. */
+/* Sets the options of a command line, which should have these letters. */
 static void set_given(Cell *cell, char *const *given, const char *letters) {
   for (; *given; given += 2)
     option_set(cell, cell_option(*given + 2, letters), given[1], *given);
@@ -521,8 +515,8 @@ static void add_rows(Buf *to, Cell *cell, Kind kind, Buf *report) {
  * what became of each file's to arm.jsonl; train.jsonl becomes its data. */
 static void cell_rows(Cell *cell) {
   Buf rows = {0}, report = {0};
-  for (int kind = 0; kind < PROMPTS; kind++)
-    add_rows(&rows, cell, (Kind)kind, &report);
+  for (Kind kind = GENERAL; kind < PROMPTS; kind++)
+    add_rows(&rows, cell, kind, &report);
   if (!rows.n)
     tbr_fail("arm %s has no rows to train on; general= and safety= name files",
              cell->arm);
@@ -555,7 +549,7 @@ static uint64_t form_of(Map *words, size_t prompts, const char *prompt) {
   uint64_t word, form = HASH_START;
   int in_gap = 0;
   while ((word = take_word(&next)) != 0) {
-    if (!prompts) ++*map_put(words, word);
+    if (!prompts) *map_put(words, word) += 1;
     int is_common = map_get(words, word) * 20 >= prompts;
     if (is_common)
       form = hash_bytes(form, &word, sizeof word);
@@ -574,18 +568,18 @@ static void form_evaluate(Cell *cell, const TbrExamples *tests,
                           TbrResults *results) {
   TbrExamples rows[2];
   Map words = {0}, forms[2] = {{0}};
-  for (int kind = GENERAL; kind <= SAFETY; kind++) {
-    rows[kind] =
-        rows_of_kind(*path_of(cell, (Kind)kind), limit_of(cell, (Kind)kind));
+  for (Kind kind = GENERAL; kind <= SAFETY; kind++) {
+    rows[kind] = rows_of_kind(*path_of(cell, kind), limit_of(cell, kind));
     for (size_t i = 0; i < rows[kind].n; i++)
       form_of(&words, 0, rows[kind].row[i].prompt);
   }
   size_t general = rows[GENERAL].n, harmful = rows[SAFETY].n;
   size_t prompts = general + harmful;
-  for (int kind = GENERAL; kind <= SAFETY; kind++) {
-    for (size_t i = 0; i < rows[kind].n; i++)
-      ++*map_put(&forms[kind],
-                 form_of(&words, prompts, rows[kind].row[i].prompt));
+  for (Kind kind = GENERAL; kind <= SAFETY; kind++) {
+    for (size_t i = 0; i < rows[kind].n; i++) {
+      uint64_t form = form_of(&words, prompts, rows[kind].row[i].prompt);
+      *map_put(&forms[kind], form) += 1;
+    }
     tbr_examples_free(&rows[kind]);
   }
   for (size_t i = 0; i < tests->n; i++) {
@@ -644,8 +638,7 @@ static int results_add(Results *results, Result add) {
   return 1;
 }
 
-/* Writes the results of a cell to results.jsonl in its directory; `mark` says
- * what they come from. */
+/* Writes results.jsonl of a cell; `mark` says what they come from. */
 static void results_write(const Cell *cell, const TbrResults *results,
                           const char *mark) {
   Buf text = {0};
@@ -829,8 +822,9 @@ static void cell_run(Cell *cell) {
     form_evaluate(cell, &tests, &results);
   else
     evaluation_mark(mark, cell, &tests);
-  int is_done = cell->by == BY_MODEL && is_evaluated(cell, mark);
-  if (cell->by == BY_MODEL && !is_done) model_evaluate(cell, &tests, &results);
+  int by_model = cell->by == BY_MODEL;
+  int is_done = by_model && is_evaluated(cell, mark);
+  if (by_model && !is_done) model_evaluate(cell, &tests, &results);
   if (!is_done) results_write(cell, &results, mark);
   free(results.row);
   tbr_examples_free(&tests);
@@ -853,8 +847,8 @@ static char *base_path(const Cell *arm, const Cell *shared, const char *home) {
 static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
   Cell cell = *arm;
   char *home = format_string("%s/seed-%zu", shared->method.out, seed);
-  for (int kind = 0; kind < KINDS; kind++) {
-    const char **path = path_of(&cell, (Kind)kind);
+  for (Kind kind = GENERAL; kind < KINDS; kind++) {
+    const char **path = path_of(&cell, kind);
     if (!**path)
       *path = format_string("%s/data/%s.jsonl", home, source[kind].made);
     else if (!strcmp(*path, "none"))
@@ -889,8 +883,7 @@ typedef struct {
   double began;
 } Jobs;
 
-/* Runs job i; says on a terminal how many are done, and when the rest may
- * be. */
+/* Runs job i; says on a terminal how many are done, and when the rest is. */
 static void run_job(Jobs *jobs, size_t i) {
   static const char *const what[] = {"bases", "arms", "evaluations"};
   if (jobs->stage == BASES)
@@ -926,8 +919,8 @@ static int cells_add(Grid *grid, size_t s) {
 
 static void grid_free(Grid *grid) {
   for (Cell *cell = grid->cell; cell < grid->cell + grid->cells; cell++) {
-    for (int kind = 0; kind < KINDS; kind++)
-      free((char *)*path_of(cell, (Kind)kind));
+    for (Kind kind = GENERAL; kind < KINDS; kind++)
+      free((char *)*path_of(cell, kind));
     free((char *)cell->method.base);
     free((char *)cell->method.text);
     free((char *)cell->method.out);
@@ -943,9 +936,8 @@ static void grid_free(Grid *grid) {
 }
 
 /* Runs the jobs of a stage: side by side, one thread each, as long as all
- * threads have one; what is left over one by one, with all threads inside (and
- * outside of any parallel region, within which OpenMP makes new threads for
- * each loop). */
+ * threads have one; the rest one by one, with all threads inside (and outside
+ * of a parallel region, in which OpenMP makes new threads for each loop). */
 static void run_stage(const Grid *grid, Stage stage) {
   Jobs jobs = {.stage = stage, .began = now()};
   jobs.cell = mem_new(grid->cells, sizeof *jobs.cell);
@@ -1054,8 +1046,7 @@ static Estimate over_seeds(const Results *results, const Condition *of) {
 static int condition_decide(Buf *found, const Results *results,
                             const Condition *condition) {
   Estimate over = over_seeds(results, condition);
-  double beyond = over.mean - condition->bound;
-  if (!condition->is_above) beyond = condition->bound - over.mean;
+  double beyond = condition->sign * (over.mean - condition->bound);
   buf_str(found, condition->text);
   if (over.seeds < 2) return 0;
   buf_printf(found, " (%.3f +- %.3f, %zu seeds)", over.mean, over.half,
@@ -1072,9 +1063,8 @@ typedef struct {
   size_t columns; /* = n when the first row is complete */
 } Table;
 
-/* Tables, as Markdown and as CSV. */
 typedef struct {
-  Buf text, csv;
+  Buf text, csv; /* tables, as Markdown and as CSV */
 } Report;
 
 TBR_PRINTF(2, 3)
@@ -1136,8 +1126,7 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
                          const char *less) {
   Condition one = {.rate = rate, .factor = {1, -1}, .arm = {arm, less}};
   one.terms = 1 + (less != NULL);
-  const char *label = rate_kind[rate].label;
-  TbrResult sum = total(results, arm, ANY_SEED, label, NULL);
+  TbrResult sum = total(results, arm, ANY_SEED, rate_kind[rate].label, NULL);
   Estimate found = over_seeds(results, &one);
   found.count = sum.count[rate_kind[rate].count];
   found.n = sum.count[TBR_N];
@@ -1391,7 +1380,7 @@ static void report(const char *path, const Grid *grid, const char *baseline,
   Results results = results_read(path);
   int has_baseline = 0;
   for (const Result *row = results.row; row < results.end; row++)
-    if (!strcmp(row->arm, baseline)) has_baseline = 1;
+    has_baseline |= !strcmp(row->arm, baseline);
   rate_table(&to, &results, 0, NULL);
   rate_table(&to, &results, 1, NULL);
   buf_str(&to.text,
@@ -1427,8 +1416,8 @@ static void run_grid(const char *grid_path, char *const *given) {
     world_make(grid.shared.world, seed, &grid.shared.sizes, data);
     free(data);
   }
-  for (int stage = BASES; stage <= EVALUATIONS; stage++)
-    run_stage(&grid, (Stage)stage);
+  for (Stage stage = BASES; stage <= EVALUATIONS; stage++)
+    run_stage(&grid, stage);
   for (size_t i = 0; i < grid.cells; i++)
     add_file(&results, grid.cell[i].method.out, "results.jsonl");
   char *path = path_in(shared->out, "results.jsonl");
@@ -1478,26 +1467,24 @@ static void print_help(void) {
   printf("\nexample: out/ablation data/ablation/main.grid --seeds 2\n");
 }
 
-static int bad_usage(const char *what, const char *word) {
-  return wrong_usage("ablation", what, word);
-}
-
 /* Does what the words say, with pairs of --option and value behind the name of
  * a file; returns the exit status. */
 static int run_command(char *const *word) {
-  if (!*word) return bad_usage("an argument is missing,", "GRID");
+  if (!*word) return wrong_usage("ablation", "an argument is missing,", "GRID");
   if (asks_help(*word)) {
     print_help();
     return 0;
   }
   int is_report = !strcmp(*word, "report");
   if (is_report) word++;
-  if (!*word) return bad_usage("an argument is missing,", "RESULTS.jsonl");
+  if (!*word)
+    return wrong_usage("ablation", "an argument is missing,", "RESULTS.jsonl");
   const char *letters = is_report ? "r" : "aA";
   for (char *const *given = word + 1; *given; given += 2) {
     if (strncmp(*given, "--", 2) || !cell_option(*given + 2, letters))
-      return bad_usage("there is no option", *given);
-    if (!given[1]) return bad_usage("a value is missing behind", *given);
+      return wrong_usage("ablation", "there is no option", *given);
+    if (!given[1])
+      return wrong_usage("ablation", "a value is missing behind", *given);
   }
   if (is_report)
     run_report(*word, word + 1);

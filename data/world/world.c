@@ -255,37 +255,27 @@ static Slice next_word(const char **text) {
   return word;
 }
 
-/* Whether a word of a guard, without the !, holds: a kind, a field that is
- * neither empty nor 0, or field=value. */
-static int word_holds(const Item *item, Slice word) {
-  Slice name = {word.s, strcspn(word.s, " =")};
-  const char *value = value_of(item, name);
-  if (!value) value = "";
-  if (name.n < word.n) {
-    Slice wanted = {word.s + name.n + 1, word.n - name.n - 1};
-    return is_name(value, wanted);
-  }
-  int is_true = *value && strcmp(value, "0");
-  return is_true || is_name(item->kind, word);
-}
-
-/* Whether a guard holds for an item: whether each of its words does. */
+/* Whether a guard holds for an item: whether each of its words does, a kind, a
+ * field that is neither empty nor 0, field=value, or one that ! negates. */
 static int holds(const Item *item, const char *guard) {
   while (*guard) {
-    Slice word = next_word(&guard);
-    int is_negated = *word.s == '!';
-    word.s += is_negated;
-    word.n -= (size_t)is_negated;
-    if (word_holds(item, word) == is_negated) return 0;
+    int is_negated = *guard == '!', is_true;
+    guard += is_negated;
+    Slice word = next_word(&guard), name = {word.s, strcspn(word.s, " =")};
+    const char *value = value_of(item, name);
+    if (!value) value = "";
+    if (name.n < word.n) {
+      Slice wanted = {word.s + name.n + 1, word.n - name.n - 1};
+      is_true = is_name(value, wanted);
+    } else {
+      is_true = (*value && strcmp(value, "0")) || is_name(item->kind, word);
+    }
+    if (is_true == is_negated) return 0;
   }
   return 1;
 }
 
 /* ---- reading ----------------------------------------------------------- */
-
-static void row_add(Row *row, const char *cell) {
-  row->cell = list_add(row->cell, &row->n, &row->cap, &cell, sizeof cell);
-}
 
 /* Takes what stands before the next divider from *text, which becomes NULL
  * behind the last one. Removes blanks at its ends. */
@@ -304,8 +294,9 @@ static char *take_part(char **text, char divider) {
 static Row split(Place place, char *text, char divider) {
   Row row = {.place = place};
   while (text) {
-    char *cell = take_part(&text, divider);
-    if (*cell || divider != ' ') row_add(&row, cell);
+    const char *cell = take_part(&text, divider);
+    if (*cell || divider != ' ')
+      row.cell = list_add(row.cell, &row.n, &row.cap, &cell, sizeof cell);
   }
   return row;
 }
@@ -984,22 +975,10 @@ static int has_prompt(const WorldRows *rows, const char *prompt) {
   return 0;
 }
 
-/* Notes that a row of the item in hand is trained on, or checks that a test of
- * it leaks nothing. */
-static void note_row(World *w, size_t item, const TbrExample *e, int for_test) {
-  char *ask = render(w, "ask");
-  if (for_test) {
-    check_leaks(w, item, e, ask);
-  } else {
-    buf_printf(&w->tuning, "%s\n%s\n", e->prompt, e->reflection);
-    w->mark[item] |= TUNED;
-  }
-  free(ask);
-}
-
-/* Adds the rows of a part, for fine-tuning or for tests, which take what is
- * held (pseudo-harmful ones: what fine-tuning left). Tests and what else is
- * only tested take the lines of the mix in turn, so each type has as many. */
+/* Adds the rows of a part: for fine-tuning, which are marked; or tests of what
+ * is held (if pseudo-harmful: of what fine-tuning left), which may not leak.
+ * Tests and what else is only tested take the lines of the mix in turn, so each
+ * type has as many. */
 static void make_rows(World *w, const Part *part, int for_test,
                       WorldRows *rows) {
   int is_pseudo = !strcmp(part->label, "pseudo-harmful");
@@ -1017,7 +996,15 @@ static void make_rows(World *w, const Part *part, int for_test,
       fail_at(&line->place, "a %s item; in @mix %s all should be %s",
               row.example.label, part->mix, part->label);
     if (!has_prompt(rows, row.example.prompt)) {
-      note_row(w, item, &row.example, for_test);
+      char *ask = render(w, "ask");
+      if (for_test) {
+        check_leaks(w, item, &row.example, ask);
+      } else {
+        buf_printf(&w->tuning, "%s\n%s\n", row.example.prompt,
+                   row.example.reflection);
+        w->mark[item] |= TUNED;
+      }
+      free(ask);
       world_rows_add(rows, row);
       continue;
     }
@@ -1174,18 +1161,10 @@ static void show_rows(const char *directory, const char *name, size_t limit) {
   free(path);
 }
 
-static void run_command(const Command *command) {
+int main(int argc, char **argv) {
   static const char *const name[] = {"general.jsonl", "safety.jsonl",
                                      "bridge.jsonl", "pseudo.jsonl",
                                      "eval.jsonl"};
-  world_make(command->world, command->seed, &command->sizes, command->out);
-  if (!command->show) return;
-  show_documents(command->out, command->show);
-  for (size_t i = 0; i < sizeof name / sizeof *name; i++)
-    show_rows(command->out, name[i], command->show);
-}
-
-int main(int argc, char **argv) {
   char **word = argv + (argc > 0);
   Command command;
   if (asks_help(*word)) {
@@ -1193,7 +1172,12 @@ int main(int argc, char **argv) {
     return finish(0);
   }
   int status = read_command(&command, word);
-  if (!status) run_command(&command);
-  return finish(status);
+  if (status) return status;
+  world_make(command.world, command.seed, &command.sizes, command.out);
+  if (!command.show) return 0;
+  show_documents(command.out, command.show);
+  for (size_t i = 0; i < sizeof name / sizeof *name; i++)
+    show_rows(command.out, name[i], command.show);
+  return finish(0);
 }
 #endif
