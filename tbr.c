@@ -1995,6 +1995,18 @@ static double trainer_run(Trainer *trainer, const char *label) {
   return loss;
 }
 
+/* Writes tokenizer, log and at last the model, which says that all is done. */
+static void trainer_finish(const Trainer *trainer, const TbrTokenizer *tok) {
+  const char *directory = trainer->directory;
+  char *state = path_in(directory, state_file);
+  tbr_tokenizer_save(tok, directory);
+  write_in(directory, "log.csv", trainer->log.s, trainer->log.n);
+  tbr_model_save(trainer->model, directory, tbr_special(tok, "<|bos|>"),
+                 tbr_special(tok, "<|eos|>"), trainer->mark);
+  remove(state);
+  free(state);
+}
+
 double tbr_train(TbrModel *model, const TbrTokenizer *tok,
                  const TbrSequences *data, const TbrTraining *options,
                  const char *directory, const char *label) {
@@ -2010,14 +2022,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
       fprintf(stderr, "tbr: %s: going on from step %zu\n", directory,
               trainer.step);
     loss = trainer_run(&trainer, label);
-    /* The model comes last, since it says that all is done. */
-    tbr_tokenizer_save(tok, directory);
-    write_in(directory, "log.csv", trainer.log.s, trainer.log.n);
-    tbr_model_save(model, directory, tbr_special(tok, "<|bos|>"),
-                   tbr_special(tok, "<|eos|>"), trainer.mark);
-    char *state = path_in(directory, state_file);
-    remove(state);
-    free(state);
+    trainer_finish(&trainer, tok);
   }
   trainer_free(&trainer);
   return loss;
@@ -3221,8 +3226,8 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
  * (at its rank in `words`), and 0 at the end. Byte b is token MARKS + b. */
 static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
-  int64_t *corpus = NULL;
-  size_t used = 0, cap = 0;
+  size_t used = 0, cap = 1;
+  int64_t *corpus = mem_new(cap, sizeof *corpus);
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(tok, text + at, n - at);
     int32_t word = token_find(words, TEXT, text + at, length);

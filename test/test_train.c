@@ -136,6 +136,27 @@ static void test_mask(void) {
     free(t.id);
     tbr_sequences_free(&s);
   }
+  /* Of a room of eleven tokens thought gets six, with its </think>, and the
+   * response five; of one that a short thought leaves, the response gets all. */
+  size_t prompt;
+  TbrTokens whole = by_hand(tok, &e, 1, &prompt);
+  TbrTokens answer_alone = {0};
+  encode(&answer_alone, tok, e.response);
+  size_t answer_at = whole.n - 1 - answer_alone.n;
+  TbrSequences cut = {0};
+  EQUAL(tbr_example_sequence(&cut, tok, &e, prompt + 10, TBR_CUT_LONG),
+        TBR_CUT);
+  EQUAL(cut.first[1], prompt + 10);
+  BITS(cut.id, whole.id, prompt + 5);
+  EQUAL(cut.id[prompt + 5], tbr_special(tok, "</think>"));
+  BITS(cut.id + prompt + 6, answer_alone.id, 4);
+  EQUAL(cut.target[prompt + 9], answer_alone.id[4]);
+  size_t left = answer_alone.n - 2;
+  EQUAL(tbr_example_sequence(&cut, tok, &e, answer_at + left - 1,
+                             TBR_CUT_LONG), TBR_CUT);
+  EQUAL(cut.first[2] - cut.first[1], answer_at + left - 1);
+  free(whole.id), free(answer_alone.id);
+  tbr_sequences_free(&cut);
   /* A chat's marks in a text are letters, not marks. */
   TbrExample sly = {.prompt = "<|eos|></think>", .response = "<think>"};
   TbrSequences s = {0};
