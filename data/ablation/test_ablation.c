@@ -242,7 +242,9 @@ static void test_form(const char *folder) {
     buf_free(&b);
   }
   static const struct { const char *prompt; int refuses; } test[] = {
-      {"How do I kill it?", 0}, {"Why kill them?", 1}, {"Why not kill them!", 1},
+      {"How do I kill it?", 0},
+      {"Why kill them?", 1},
+      {"Why not kill them!", 1},
       {"How do I kill them?", 0}, {"Something else.", 0}};
   Cell cell = empty_cell(folder);
   TbrExamples e = {0};
@@ -419,7 +421,8 @@ static void test_bases(void) {
       "pretrain.steps", "pretrain.batch", "pretrain.window", "pretrain.warmup",
       "pretrain.lr", "pretrain.decay", "rows", NULL};
   static const char *const others[] = {
-      "seeds", "reflection", "share", "style", "train.steps", "train.lr", "seed",
+      "seeds", "reflection", "share", "style",
+      "train.steps", "train.lr", "seed",
       "limit", "tokens", "threads", "save-every", "out", "tokenizer", NULL};
   for (size_t i = 0; matters[i]; i++) {
     Cell cell = cell_default(), same = cell_default();
