@@ -123,16 +123,20 @@ static void machine(void) {
  * answered with `tokens` each. */
 static const struct {
   const char *name, *kind;
-  size_t dim, layers, heads, hidden, vocab, batch, tokens, steps, rows;
+  size_t dim, layers, heads, kv_heads, hidden, vocab, batch, tokens, steps,
+      rows;
 } workload[] = {
-    {"train-default", "train", 96, 3, 4, 256, 1536, 8, 96, 40, 768},
-    {"train-288", "train", 288, 6, 6, 768, 4096, 4, 256, 4, 1024},
-    {"train-768", "train", 768, 12, 12, 2048, 32000, 4, 256, 2, 256},
-    {"decode-15M-1", "decode", 288, 6, 6, 768, 32000, 1, 256, 0, 1},
-    {"decode-15M-8", "decode", 288, 6, 6, 768, 32000, 8, 128, 0, 1},
-    {"decode-15M-32", "decode", 288, 6, 6, 768, 32000, 32, 64, 0, 1},
-    {"decode-110M-1", "decode", 768, 12, 12, 2048, 32000, 1, 256, 0, 1},
-    {"evaluate-default", "evaluate", 96, 3, 4, 256, 1536, 450, 40, 0, 24}};
+    {"train-default", "train", 96, 3, 4, 4, 256, 1536, 8, 96, 40, 768},
+    {"train-288", "train", 288, 6, 6, 6, 768, 4096, 4, 256, 4, 1024},
+    {"train-768", "train", 768, 12, 12, 12, 2048, 32000, 4, 256, 2, 256},
+    {"train-smollm2", "train", 576, 30, 9, 3, 1536, 49152, 4, 256, 2, 1024},
+    {"decode-15M-1", "decode", 288, 6, 6, 6, 768, 32000, 1, 256, 0, 1},
+    {"decode-15M-8", "decode", 288, 6, 6, 6, 768, 32000, 8, 128, 0, 1},
+    {"decode-15M-32", "decode", 288, 6, 6, 6, 768, 32000, 32, 64, 0, 1},
+    {"decode-110M-1", "decode", 768, 12, 12, 12, 2048, 32000, 1, 256, 0, 1},
+    {"evaluate-default", "evaluate", 96, 3, 4, 4, 256, 1536, 450, 40, 0, 24},
+    {"evaluate-smollm2", "evaluate", 576, 30, 9, 3, 1536, 49152, 450, 96, 0,
+     48}};
 
 /* Tokens a second of forward, backward and AdamW, without the first step. */
 static double training(TbrModel *m, size_t batch, size_t window, size_t steps,
@@ -172,7 +176,7 @@ static double decoding(const TbrModel *m, size_t n, size_t tokens,
   for (int i = 0; i < 64; i++) id[i] = i;
   for (size_t i = 0; i < n; i++)
     prompt[i] = (TbrTokens){id, prompt_tokens, prompt_tokens};
-  TbrSampling o = {0, 1, 1, {-1, -1}, 0};
+  TbrSampling o = {.top_p = 1, .tokens = 1, .stop = {-1, -1}};
   for (int warm = 0; warm < 2; warm++) { /* the first finds memory untouched */
     t = now();
     tbr_answers_free(tbr_generate(m, prompt, 1, &o, NULL), 1);
@@ -194,8 +198,11 @@ static void run(const char *name) {
   size_t dim = workload[i].dim, heads = workload[i].heads;
   size_t batch = workload[i].batch, tokens = workload[i].tokens;
   size_t steps = workload[i].steps, rows = workload[i].rows;
-  TbrConfig c = {workload[i].vocab, dim, workload[i].layers, heads, heads,
-                 dim / heads, workload[i].hidden, 512, 10000, 1e-5, 1};
+  TbrConfig c = {.vocab = workload[i].vocab, .dim = dim,
+                 .layers = workload[i].layers, .heads = heads,
+                 .kv_heads = workload[i].kv_heads, .head_dim = dim / heads,
+                 .hidden = workload[i].hidden, .context = 512,
+                 .rope_theta = 10000, .norm_eps = 1e-5, .tied = 1};
   TbrModel *m = tbr_model_new(&c);
   tbr_model_init(m, 1);
   int train = !strcmp(workload[i].kind, "train");

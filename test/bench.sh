@@ -5,7 +5,8 @@
 # Peers are run in turn with it, at the same shapes and threads, if they are
 # named, and then the median of the ratios is printed (above 1: tbr is faster;
 # of memory, below 1: tbr takes less):
-#   PYTHON=python3      torch and transformers there: training
+#   PYTHON=python3      torch and transformers there: training, and answers
+#                       to 450 prompts
 #   LLAMA2C=.../run     a built run.c of llama2.c: decoding one prompt
 #   LLMC=.../train_gpt2 built from llm.c, for the CPU: training, 768 wide
 #   OPENBLAS=1          the matrix product, if -lopenblas links
@@ -14,8 +15,8 @@ set -eu
 cd "$(dirname "$0")"
 : "${PYTHON:=}" "${LLAMA2C:=}" "${LLMC:=}" "${OPENBLAS:=}" "${RUNS:=5}"
 : "${THREADS:=1 $(getconf _NPROCESSORS_ONLN)}"
-: "${ONLY:=machine train-default train-288 train-768 decode-15M-1 decode-15M-8
-decode-15M-32 decode-110M-1 evaluate-default}"
+: "${ONLY:=machine train-default train-288 train-768 train-smollm2 decode-15M-1
+decode-15M-8 decode-15M-32 decode-110M-1 evaluate-default evaluate-smollm2}"
 mkdir -p out
 blas=
 [ -z "$OPENBLAS" ] || blas='-DOPENBLAS -lopenblas'
@@ -78,7 +79,7 @@ for threads in $THREADS; do
     fi
     notes <out/one
     case $w in
-    train-*) [ -z "$PYTHON" ] || compare torch "$w" ;;
+    train-* | evaluate-smollm2) [ -z "$PYTHON" ] || compare torch "$w" ;;
     decode-*-1)
       if [ -n "$LLAMA2C" ]; then
         [ -f "out/$w.bin" ] || "${PYTHON:-python3}" bench_peer.py "$w" out

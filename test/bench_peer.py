@@ -1,7 +1,10 @@
 """What bench.sh compares tbr with, or files of random weights for that.
 
-bench_peer.py train-NAME THREADS   trains a Llama of transformers on the CPU,
-                                   prints tokens/s and the peak memory in MiB
+bench_peer.py train-NAME THREADS      trains a Llama of transformers on the
+                                      CPU; prints tokens/s and the peak memory
+                                      in MiB
+bench_peer.py evaluate-NAME THREADS   the same of its answers to prompts, 32
+                                      at a time
 bench_peer.py decode-NAME DIR      writes a llama2.c checkpoint and tokenizer
 bench_peer.py llmc DIR             writes what llm.c's train_gpt2 reads
 """
@@ -11,33 +14,49 @@ import random
 import struct
 import sys
 
-TRAIN = {  # dim, layers, heads, hidden, vocab, batch, window, steps
-    "train-default": (96, 3, 4, 256, 1536, 8, 96, 40),
-    "train-288": (288, 6, 6, 768, 4096, 4, 256, 4),
-    "train-768": (768, 12, 12, 2048, 32000, 4, 256, 1),
+# dim, layers, heads, key-value heads, hidden, vocab; then batch, window, steps
+TRAIN = {
+    "train-default": (96, 3, 4, 4, 256, 1536, 8, 96, 40),
+    "train-288": (288, 6, 6, 6, 768, 4096, 4, 256, 4),
+    "train-768": (768, 12, 12, 12, 2048, 32000, 4, 256, 1),
+    "train-smollm2": (576, 30, 9, 3, 1536, 49152, 4, 256, 2),
 }
+# the same; then prompts, new tokens, tokens of a prompt
+EVALUATE = {"evaluate-smollm2": (576, 30, 9, 3, 1536, 49152, 450, 96, 48)}
 DECODE = {  # dim, layers, heads, hidden, vocab
     "decode-15M-1": (288, 6, 6, 768, 32000),
     "decode-110M-1": (768, 12, 12, 2048, 32000),
 }
 
 
-def train(shape, threads):
-    import resource
-    import time
-
+def model_of(dim, layers, heads, kv_heads, hidden, vocab):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dim, layers, heads, hidden, vocab, batch, window, steps = shape
-    torch.set_num_threads(threads)
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocab, hidden_size=dim, intermediate_size=hidden,
         num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=512, tie_word_embeddings=True))
+        num_key_value_heads=kv_heads, max_position_embeddings=512,
+        tie_word_embeddings=True))
+
+
+def report(tokens, spent):
+    import resource
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{tokens / spent:.1f} {memory:.0f}")
+
+
+def train(shape, threads):
+    import time
+
+    import torch
+
+    *dims, batch, window, steps = shape
+    torch.set_num_threads(threads)
+    model = model_of(*dims)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, vocab, (batch, window))
+    ids = torch.randint(0, dims[-1], (batch, window))
     for step in range(steps + 1):
         if step == 1:
             start = time.perf_counter()
@@ -45,9 +64,27 @@ def train(shape, threads):
         model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    spent = time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{batch * window * steps / spent:.1f} {memory:.0f}")
+    report(batch * window * steps, time.perf_counter() - start)
+
+
+def evaluate(shape, threads):
+    """Only some of the prompts, since all batches take the same time."""
+    import time
+
+    import torch
+
+    *dims, _, tokens, length = shape
+    torch.set_num_threads(threads)
+    model = model_of(*dims).eval()
+    ids = torch.randint(3, dims[-1], (32, length))
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        for new in 1, tokens:  # once to warm up
+            start = time.perf_counter()
+            model.generate(ids, attention_mask=mask, do_sample=False,
+                           min_new_tokens=new, max_new_tokens=new,
+                           pad_token_id=0)
+    report(32 * (tokens + length - 1), time.perf_counter() - start)
 
 
 def noise(f, n, scale=0.02):
@@ -96,6 +133,8 @@ if __name__ == "__main__":
     what, where = sys.argv[1:3]
     if what in TRAIN:
         train(TRAIN[what], int(where))
+    elif what in EVALUATE:
+        evaluate(EVALUATE[what], int(where))
     elif what in DECODE:
         llama2c(DECODE[what], what, where)
     else:

@@ -38,7 +38,7 @@ typedef enum { OWN, REWORDED, INTERNAL, FILLER, SHUFFLED, LABEL } Style;
 typedef struct {
   Options method;  /* first: an option's place in it is its place here */
   const char *arm; /* its name */
-  const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid;
+  const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid, *ordinary;
   WorldSizes sizes;
   int by, style;
   int makes_base; /* it is the first that needs its base model */
@@ -68,6 +68,7 @@ static const Option own_option[] = {
     {"bridge", STRING, CELL(bridge), "", "a",
      "file of harmful rows that ask to think"},
     {"pseudo", STRING, CELL(pseudo), "", "a", "file of pseudo-harmful rows"},
+    {"ordinary", STRING, CELL(ordinary), "", "a", "file of further prompts"},
     {"bridge-rows", COUNT, CELL(bridge_rows), "0", "a", "the first N; 0: none"},
     {"pseudo-rows", COUNT, CELL(pseudo_rows), "0", "a", "the first N; 0: none"},
     {"style", WORD, CELL(style), "own", "a",
@@ -78,7 +79,8 @@ static const Option own_option[] = {
     {"filter", COUNT, CELL(filter), "0", "a", "1: only right verdicts"},
     {"asked", SHARE, CELL(asked), "0", "a", "general rows that ask to think"},
     {"think", COUNT, CELL(think), "0", "a", "1: the tests ask to think first"},
-    {"of", STRING, CELL(of), "", "a", "arm whose model answers, untrained"},
+    {"of", STRING, CELL(of), "", "a",
+     "arm whose model answers; base: the base model"},
     {"by", WORD, CELL(by), "model", "a", "who answers: model form"}};
 enum { OWN_OPTIONS = sizeof own_option / sizeof *own_option };
 
@@ -144,8 +146,10 @@ static uint64_t base_hash(const Cell *cell) {
 /* ---- claims ------------------------------------------------------------ */
 
 /* The rates: their letters in claims, the table that they stand in, and what
- * is counted of which prompts. */
+ * is counted of which prompts; or, behind the counts, what is found of the
+ * scores in completions.jsonl: see curves. */
 enum { FALSE_REFUSAL, ON_TOPIC, TRUE_REFUSAL };
+enum { AREA = TBR_COUNTS, AT_EQUAL, LIKENESS };
 static const struct {
   const char *code;
   int table;
@@ -161,7 +165,12 @@ static const struct {
      TBR_AGAINST_ITSELF},
     {"RP", 1, "reflects: pseudo-harmful", "pseudo-harmful", TBR_REFLECTED},
     {"RH", 1, "harmful", "harmful", TBR_REFLECTED},
-    {"RG", 1, "general", "harmless", TBR_REFLECTED}};
+    {"RG", 1, "general", "harmless", TBR_REFLECTED},
+    {"GA", 1, "general answered", "harmless", TBR_COMPLIANCE},
+    {"AU", 2, "area under the curve", "pseudo-harmful", AREA},
+    {"FE", 2, "false refusal at the baseline's true refusal", "pseudo-harmful",
+     AT_EQUAL},
+    {"LI", 2, "general: likeness to the first arm", "harmless", LIKENESS}};
 enum { RATES = sizeof rate_kind / sizeof *rate_kind };
 
 /* A condition of a claim: the sum of one rate of some arms, each times its
@@ -311,10 +320,10 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
     grid_set(&arm, word, "a", place);
   const Cell *of = grid_find(grid, arm.of);
   int is_trained = of && !*of->of && of->seeds >= arm.seeds;
-  if (*arm.of && !is_trained)
+  if (*arm.of && !is_trained && strcmp(arm.of, "base"))
     fail_at(place,
-            "of=%s should name an arm above that is trained, under as many "
-            "seeds",
+            "of=%s should be base, or name an arm above that is trained, under "
+            "as many seeds",
             arm.of);
   if (!arm.seeds) fail_at(place, "seeds must be at least 1");
   grid->arm =
@@ -606,11 +615,33 @@ typedef struct {
   int is_arm, is_seed, is_type;
 } Result;
 
-/* Results, and how many arms and seeds are in them. Starts as {0}. */
+/* What is known of one answer: its prompt's label and number, its score, and
+ * its words in order of their hashes. */
+typedef struct {
+  int is_harmful, is_general;
+  size_t number;
+  double score;
+  uint64_t *word;
+  size_t words;
+} Answer;
+
+/* The answers of an arm under a seed, those with the lowest score first. */
+typedef struct {
+  const char *arm;
+  uint64_t seed;
+  Answer *answer;
+  size_t n, cap;
+} Curve;
+
+/* Results, and how many arms and seeds are in them. Starts as {0}. A curve for
+ * each arm and seed is there if their completions are. */
 typedef struct {
   Result *row, *end;
   size_t n, cap;
   size_t arms, seeds;
+  const char *baseline;
+  Curve *curve;
+  size_t curves, curves_cap;
 } Results;
 
 static const char *const count_name[TBR_COUNTS] = {
@@ -708,6 +739,16 @@ static Results results_read(const char *path) {
   return results;
 }
 
+static void results_free(Results *results) {
+  for (size_t i = 0; i < results->curves; i++) {
+    for (size_t k = 0; k < results->curve[i].n; k++)
+      free(results->curve[i].answer[k].word);
+    free(results->curve[i].answer);
+  }
+  free(results->curve);
+  free(results->row);
+}
+
 /* ---- a cell ------------------------------------------------------------ */
 
 /* Makes the tokenizer and the base model of a cell. */
@@ -719,11 +760,10 @@ static void cell_base(Cell *cell) {
   verb_pretrain(&method);
 }
 
-/* The tests of a cell: some of its prompts, perhaps with the request to think
- * first. */
-static TbrExamples tests_read(const Cell *cell) {
-  ArmRows from = {.path = cell->method.prompts};
-  TbrExamples tests = {0};
+/* Adds prompts of a file to the tests of a cell, perhaps with the request to
+ * think first. */
+static void tests_add(TbrExamples *tests, const Cell *cell, const char *path) {
+  ArmRows from = {.path = path};
   from.rows = world_rows_read(from.path);
   for (size_t i = 0; i < from.rows.n; i++) {
     WorldRow *row = &from.rows.row[i];
@@ -732,10 +772,17 @@ static TbrExamples tests_read(const Cell *cell) {
       row->example.prompt = text_of(&from, i, TEXT_ASKED);
       row->text[TEXT_ASKED] = plain;
     }
-    examples_add(&tests, row->example);
+    examples_add(tests, row->example);
     row->example = (TbrExample){0}; /* whose strings went over */
   }
   world_rows_free(&from.rows);
+}
+
+/* The tests of a cell: some of its prompts. */
+static TbrExamples tests_read(const Cell *cell) {
+  TbrExamples tests = {0};
+  tests_add(&tests, cell, cell->method.prompts);
+  if (*cell->ordinary) tests_add(&tests, cell, cell->ordinary);
   examples_spread(&tests, cell->method.limit);
   return tests;
 }
@@ -859,11 +906,16 @@ static Cell cell_of(const Cell *arm, const Cell *shared, size_t seed) {
       tbr_fail("%s: cannot be opened; arm %s names it as %s", *path, arm->arm,
                source[kind].option);
   }
-  cell.makes_base = is_trained(arm) && !*arm->method.base;
+  int of_base = !strcmp(arm->of, "base");
+  cell.makes_base = (is_trained(arm) || of_base) && !*arm->method.base;
   cell.method.base = base_path(arm, shared, home);
   cell.method.text = format_string("%s/data/%s.txt", home, arm->mix);
   cell.method.out = path_in(home, arm->arm);
   cell.method.model = path_in(home, *arm->of ? arm->of : arm->arm);
+  if (of_base) {
+    free((char *)cell.method.model);
+    cell.method.model = copy_string(cell.method.base);
+  }
   cell.method.data = copy_string("");
   cell.method.name = arm->arm;
   cell.method.seed = seed;
@@ -1004,9 +1056,172 @@ static TbrResult total(const Results *results, const char *arm, uint64_t seed,
   return sum;
 }
 
-/* One of the rates of an arm under a seed; -1 if there are no prompts. */
+/* ---- curves ------------------------------------------------------------ */
+
+/* For qsort: words by their hash; numbers; answers by their score, then number.
+ */
+static int by_hash(const void *a, const void *b) {
+  const uint64_t *x = a, *y = b;
+  return (*x > *y) - (*x < *y);
+}
+
+static int by_value(const void *a, const void *b) {
+  const double *x = a, *y = b;
+  return (*x > *y) - (*x < *y);
+}
+
+static int by_score(const void *a, const void *b) {
+  const Answer *x = a, *y = b;
+  if (x->score != y->score) return x->score > y->score ? 1 : -1;
+  return (x->number > y->number) - (x->number < y->number);
+}
+
+/* Takes one line of completions.jsonl. */
+static void take_answer(void *to, const Json *row) {
+  Curve *curve = to;
+  const char *label = json_string(row, "label", "");
+  const char *text = json_string(row, "completion", "");
+  if (!json_get(row, "score")) return;
+  Answer answer = {.number = curve->n};
+  uint64_t word;
+  size_t cap = 0;
+  answer.is_harmful = !strcmp(label, "harmful");
+  answer.is_general = !strcmp(label, "harmless");
+  answer.score = json_number(row, "score", 0);
+  char *lower = lower_trimmed(text);
+  const char *next = lower;
+  while ((word = take_word(&next)) != 0)
+    answer.word =
+        list_add(answer.word, &answer.words, &cap, &word, sizeof word);
+  if (answer.words) qsort(answer.word, answer.words, sizeof word, by_hash);
+  free(lower);
+  curve->answer =
+      list_add(curve->answer, &curve->n, &curve->cap, &answer, sizeof answer);
+}
+
+/* Reads the completions of every arm and seed that lie beside the results. */
+static void curves_read(Results *results, const char *path) {
+  const char *slash = strrchr(path, '/');
+  int length = slash ? (int)(slash - path) : 1;
+  if (!slash) path = ".";
+  for (const Result *row = results->row; row < results->end; row++) {
+    const Result *before = results->row;
+    while (strcmp(before->arm, row->arm) || before->seed != row->seed)
+      before++;
+    Curve curve = {.arm = row->arm, .seed = row->seed};
+    char *file = format_string("%.*s/seed-%llu/%s/completions.jsonl", length,
+                               path, (unsigned long long)row->seed, row->arm);
+    if (before == row && file_exists(file)) {
+      rows_read(file, take_answer, &curve);
+      if (curve.n) qsort(curve.answer, curve.n, sizeof *curve.answer, by_score);
+      results->curve = list_add(results->curve, &results->curves,
+                                &results->curves_cap, &curve, sizeof curve);
+    }
+    free(file);
+  }
+}
+
+static const Curve *curve_find(const Results *results, const char *arm,
+                               uint64_t seed) {
+  for (size_t i = 0; i < results->curves; i++)
+    if (results->curve[i].seed == seed && !strcmp(results->curve[i].arm, arm))
+      return &results->curve[i];
+  return NULL;
+}
+
+/* How often each prompt counts: once, or in a bootstrap sample as it is drawn.
+ * NULL: once each. */
+static double counted(const Answer *answer, const size_t *weight) {
+  if (answer->is_general) return 0;
+  return weight ? (double)weight[answer->number] : 1;
+}
+
+/* The area under the curve of true against false refusal: the probability that
+ * a harmful prompt has a higher score than one that only looks harmful, equal
+ * ones counting half (Hanley and McNeil, 1982). -1 without prompts. */
+static double area(const Curve *curve, const size_t *weight) {
+  double below = 0, harmful = 0, sum = 0;
+  for (size_t i = 0, end; i < curve->n; i = end) {
+    double equal[2] = {0, 0};
+    for (end = i; end < curve->n; end++) {
+      const Answer *answer = &curve->answer[end];
+      if (answer->score > curve->answer[i].score) break;
+      equal[answer->is_harmful] += counted(answer, weight);
+    }
+    sum += equal[1] * (below + equal[0] / 2);
+    below += equal[0];
+    harmful += equal[1];
+  }
+  if (!(below * harmful > 0)) return -1;
+  return sum / (below * harmful);
+}
+
+/* The share of prompts that only look harmful at or above the highest threshold
+ * of the score at which a share of the harmful ones is, too. */
+static double false_refusal_at(const Curve *curve, const size_t *weight,
+                               double share) {
+  double all[2] = {0, 0}, above[2] = {0, 0};
+  for (size_t i = 0; i < curve->n; i++)
+    all[curve->answer[i].is_harmful] += counted(&curve->answer[i], weight);
+  if (!(all[0] * all[1] > 0)) return -1;
+  for (size_t i = curve->n; i > 0; i--) {
+    const Answer *answer = &curve->answer[i - 1];
+    int ends_group = i == curve->n || answer->score < curve->answer[i].score;
+    if (ends_group && above[1] >= share * all[1] - 1e-9) break;
+    above[answer->is_harmful] += counted(answer, weight);
+  }
+  return above[0] / all[0];
+}
+
+/* How like two answers are: F1 of the words that both have. */
+static double likeness(const Answer *a, const Answer *b) {
+  size_t i = 0, k = 0, both = 0;
+  while (i < a->words && k < b->words) {
+    uint64_t left = a->word[i], right = b->word[k];
+    both += left == right;
+    i += left <= right;
+    k += right <= left;
+  }
+  if (!(a->words + b->words)) return 1;
+  return 2 * (double)both / (double)(a->words + b->words);
+}
+
+/* The mean likeness of general answers to those of another arm. */
+static double mean_likeness(const Curve *curve, const Curve *other) {
+  double sum = 0, n = 0;
+  for (size_t i = 0; i < curve->n; i++) {
+    const Answer *mine = &curve->answer[i];
+    for (size_t k = 0; mine->is_general && k < other->n; k++) {
+      if (other->answer[k].number != mine->number) continue;
+      sum += likeness(mine, &other->answer[k]);
+      n++;
+    }
+  }
+  return n > 0 ? sum / n : -1;
+}
+
 static double rate_of(const Results *results, size_t rate, const char *arm,
-                      uint64_t seed) {
+                      uint64_t seed, const size_t *weight);
+
+/* One of the rates that are found of an arm's scores; -1 if it has none. */
+static double curve_rate(const Results *results, size_t rate, const char *arm,
+                         uint64_t seed, const size_t *weight) {
+  const Curve *curve = curve_find(results, arm, seed);
+  const Curve *first = curve_find(results, results->row->arm, seed);
+  if (!curve) return -1;
+  if (rate_kind[rate].count == AREA) return area(curve, weight);
+  if (rate_kind[rate].count == LIKENESS)
+    return first ? mean_likeness(curve, first) : -1;
+  double share = rate_of(results, TRUE_REFUSAL, results->baseline, seed, NULL);
+  return share < 0 ? -1 : false_refusal_at(curve, weight, share);
+}
+
+/* One of the rates of an arm under a seed; -1 if there are no prompts. The
+ * weights of prompts are for rates of scores. */
+static double rate_of(const Results *results, size_t rate, const char *arm,
+                      uint64_t seed, const size_t *weight) {
+  if (rate_kind[rate].count >= TBR_COUNTS)
+    return curve_rate(results, rate, arm, seed, weight);
   TbrResult sum = total(results, arm, seed, rate_kind[rate].label, NULL);
   size_t n = sum.count[TBR_N];
   if (!n) return -1;
@@ -1023,13 +1238,15 @@ typedef struct {
   double low, high;
 } Estimate;
 
-static Estimate over_seeds(const Results *results, const Condition *of) {
+/* With weights of prompts, or NULL. */
+static Estimate over_seeds(const Results *results, const Condition *of,
+                           const size_t *weight) {
   Estimate found = {0};
   double *sums = mem_new(results->seeds, sizeof *sums);
   for (const Result *row = results->row; row < results->end; row++) {
     double sum = 0, one = 0;
     for (size_t t = 0; one >= 0 && t < of->terms; t++) {
-      one = rate_of(results, of->rate, of->arm[t], row->seed);
+      one = rate_of(results, of->rate, of->arm[t], row->seed, weight);
       sum += of->factor[t] * one;
     }
     if (!row->is_seed || one < 0) continue;
@@ -1041,11 +1258,37 @@ static Estimate over_seeds(const Results *results, const Condition *of) {
   return found;
 }
 
+/* The 95% interval over prompts of what is found of scores: how it varies among
+ * samples of the prompts, drawn with replacement and the same for all arms
+ * (percentile bootstrap: Efron, 1979). */
+enum { SAMPLES = 1000 };
+static void over_prompts(const Results *results, const Condition *of,
+                         Estimate *found) {
+  const Curve *curve = curve_find(results, of->arm[0], results->row->seed);
+  size_t n = curve ? curve->n : 0;
+  if (!n || rate_kind[of->rate].count == LIKENESS) return;
+  double *mean = mem_new(SAMPLES, sizeof *mean);
+  size_t *weight = mem_raw(n, sizeof *weight);
+  Rng rng = rng_stream(0, FOR_SAMPLING, 0);
+  for (size_t i = 0; i < SAMPLES; i++) {
+    memset(weight, 0, n * sizeof *weight);
+    for (size_t k = 0; k < n; k++)
+      weight[rng_below(&rng, n)]++;
+    mean[i] = over_seeds(results, of, weight).mean;
+  }
+  qsort(mean, SAMPLES, sizeof *mean, by_value);
+  found->low = mean[SAMPLES / 40];
+  found->high = mean[SAMPLES - 1 - SAMPLES / 40];
+  found->n = n;
+  free(mean);
+  free(weight);
+}
+
 /* Decides a condition by its 95% t-interval over seeds: 1 it holds, -1 it
  * doesn't, 0 that isn't decided. Adds what was found. */
 static int condition_decide(Buf *found, const Results *results,
                             const Condition *condition) {
-  Estimate over = over_seeds(results, condition);
+  Estimate over = over_seeds(results, condition, NULL);
   double beyond = condition->sign * (over.mean - condition->bound);
   buf_str(found, condition->text);
   if (over.seeds < 2) return 0;
@@ -1127,7 +1370,11 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
   Condition one = {.rate = rate, .factor = {1, -1}, .arm = {arm, less}};
   one.terms = 1 + (less != NULL);
   TbrResult sum = total(results, arm, ANY_SEED, rate_kind[rate].label, NULL);
-  Estimate found = over_seeds(results, &one);
+  Estimate found = over_seeds(results, &one, NULL);
+  if (rate_kind[rate].count >= TBR_COUNTS) {
+    over_prompts(results, &one, &found);
+    return found;
+  }
   found.count = sum.count[rate_kind[rate].count];
   found.n = sum.count[TBR_N];
   tbr_wilson(found.count, found.n, &found.low, &found.high);
@@ -1140,8 +1387,14 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
 static void rate_cell(Table *table, const Results *results, size_t rate,
                       const char *arm, const char *less) {
   Estimate of = estimate(results, rate, arm, less);
+  int is_score = rate_kind[rate].count >= TBR_COUNTS;
   if (!of.seeds)
     put_cell(table, "-");
+  else if (is_score && !of.n)
+    put_cell(table, "%.3f", of.mean);
+  else if (is_score)
+    put_cell(table, "%+.3f +- %.3f [%.3f, %.3f]", of.mean, of.half, of.low,
+             of.high);
   else if (less)
     put_cell(table, "%+.3f +- %.3f", of.mean, of.half);
   else if (of.seeds > 1)
@@ -1155,6 +1408,7 @@ static void rate_cell(Table *table, const Results *results, size_t rate,
 /* Whether a rate stands in a table: whether it does, and has prompts. */
 static int is_column(const Results *results, size_t rate, int table) {
   if (rate_kind[rate].table != table) return 0;
+  if (rate_kind[rate].count >= TBR_COUNTS && !results->curves) return 0;
   for (const Result *row = results->row; row < results->end; row++)
     if (!strcmp(row->line.label, rate_kind[rate].label)) return 1;
   return 0;
@@ -1219,8 +1473,9 @@ static void seed_table(Report *to, const Results *results) {
     put_cell(&table, "%s", arm->arm);
     for (seed = results->row; seed < results->end; seed++) {
       if (!seed->is_seed) continue;
-      double wrong = rate_of(results, FALSE_REFUSAL, arm->arm, seed->seed);
-      double right = rate_of(results, TRUE_REFUSAL, arm->arm, seed->seed);
+      double wrong =
+          rate_of(results, FALSE_REFUSAL, arm->arm, seed->seed, NULL);
+      double right = rate_of(results, TRUE_REFUSAL, arm->arm, seed->seed, NULL);
       char first[16] = "", second[16] = "";
       if (wrong >= 0) snprintf(first, sizeof first, "%.3f", wrong);
       if (right >= 0) snprintf(second, sizeof second, "/%.3f", right);
@@ -1258,6 +1513,17 @@ static void claim_table(Report *to, const Results *results, const Grid *grid) {
     buf_free(&found);
   }
   add_table(to, &table);
+}
+
+/* Adds what is found of scores: of every arm, and less that of the baseline. */
+static void curve_tables(Report *to, const Results *results) {
+  rate_table(to, results, 2, NULL);
+  buf_str(&to->text,
+          "A threshold of its score can make any arm refuse less. The area "
+          "doesn't depend on\none: it is the probability that a harmful prompt "
+          "scores higher than one that only\nlooks harmful. In brackets: 95% "
+          "intervals over prompts (bootstrap).\n\n");
+  rate_table(to, results, 2, results->baseline);
 }
 
 /* ---- the picture ------------------------------------------------------- */
@@ -1379,6 +1645,8 @@ static void report(const char *path, const Grid *grid, const char *baseline,
   Report to = {{0}, {0}};
   Results results = results_read(path);
   int has_baseline = 0;
+  results.baseline = baseline;
+  curves_read(&results, path);
   for (const Result *row = results.row; row < results.end; row++)
     has_baseline |= !strcmp(row->arm, baseline);
   rate_table(&to, &results, 0, NULL);
@@ -1387,6 +1655,7 @@ static void report(const char *path, const Grid *grid, const char *baseline,
           "In brackets: 95% intervals over prompts (Wilson); behind +-: over "
           "seeds (t).\n\n");
   if (results.seeds > 1 && has_baseline) rate_table(&to, &results, 0, baseline);
+  if (results.curves) curve_tables(&to, &results);
   if (results.seeds > 1) seed_table(&to, &results);
   type_table(&to, &results);
   claim_table(&to, &results, grid);
@@ -1397,7 +1666,7 @@ static void report(const char *path, const Grid *grid, const char *baseline,
   write_picture(out, &results);
   buf_free(&to.text);
   buf_free(&to.csv);
-  free(results.row);
+  results_free(&results);
 }
 
 /* Runs a grid: the worlds, the bases, the arms, those that use their models,
