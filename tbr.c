@@ -303,7 +303,7 @@ static int whole(double x, size_t *n); /* from 0 to 2^53? Then it's in *n. */
 /* Adds JSON that is written with ' for "; fails unless root holds all that such
  * a form does (null, false and absent are the same), and says what is known. */
 static void add_json(Buf *out, const char *form);
-static void json_must(const Json *root, const char *form, const char *known);
+static int json_must(const Json *root, const char *form, const char *known);
 
 /* Adds n bytes as a string, with U+FFFD for what isn't UTF-8; or a member to an
  * object that was begun, unless text is NULL. */
@@ -3004,8 +3004,34 @@ typedef struct {
   int32_t next; /* another token whose bytes have the same hash, or -1 */
 } Token;
 
+/* How a text is cut into words. */
+typedef struct {
+  const char *form;  /* in tokenizer.json */
+  size_t numbers;    /* at most so many stand in a word */
+  int blank_numbers; /* a blank before numbers belongs to them */
+  int contractions;  /* 's and the like are words: 1 in small letters, 2 all */
+} Cut;
+#define OWN_CUT                                                           \
+  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','" \
+  "behavi"                                                                \
+  "or':'Isolated','invert':false,'pattern':{'Regex':'"                    \
+  " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                               \
+  "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"            \
+  "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r "                     \
+  "]+'}},{'type':'ByteLevel','add_"                                       \
+  "prefix_space':false,'trim_offsets':false,'use_regex':false}]}"
+#define BYTE_LEVEL \
+  "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
+static const Cut cuts[] = {
+    {"{" OWN_CUT "}", 1, 1, 0},
+    {"{'pre_tokenizer':" BYTE_LEVEL "}", SIZE_MAX, 1, 1},
+    {"{'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
+     "dividual_digits':true}," BYTE_LEVEL "]}}",
+     1, 0, 1}};
+
 struct TbrTokenizer {
-  int pieces; /* SentencePiece's kind, not byte-level */
+  int pieces;     /* SentencePiece's kind, not byte-level */
+  const Cut *cut; /* where that is byte-level */
   Token *token;
   size_t n, cap, merge_cap;
   Map ids;         /* from the hash of bytes to the last token + 1 */
@@ -3122,18 +3148,36 @@ static char byte_class(char byte) {
   return '.';
 }
 
+/* The length of 's, 't, 're, 've, 'm, 'll or 'd, if a text begins with it. */
+static size_t contraction(const char *s, size_t n) {
+  static const char *const word[] = {"'s", "'t",  "'re", "'ve",
+                                     "'m", "'ll", "'d"};
+  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
+    size_t length = strlen(word[i]);
+    if (length <= n && !memcmp(s, word[i], length)) return length;
+  }
+  return 0;
+}
+
 /* The length of a text's first word. In pieces, all is one. Else it is letters,
- * one digit, or other signs, with one blank before them; or blanks, less the
+ * numbers, or other signs, with one blank before them; or blanks, less the
  * one that goes with the next word. */
 static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
   if (tok->pieces) return n;
-  size_t start = s[0] == ' ' && n > 1 && byte_class(s[1]) != ' ';
+  const Cut *cut = tok->cut;
+  size_t length = cut->contractions ? contraction(s, n) : 0;
+  if (length) return length;
+  char next = 0;
+  if (n > 1) next = byte_class(s[1]);
+  size_t start = s[0] == ' ' && n > 1 && next != ' ' &&
+                 (next != '0' || cut->blank_numbers);
   char class = byte_class(s[start]);
   size_t end = start + 1;
-  if (class == '0') return end;
-  while (end < n && byte_class(s[end]) == class)
+  while (end < n && byte_class(s[end]) == class &&
+         (class != '0' || end - start < cut->numbers))
     end++;
-  if (class == ' ' && end < n && end > 1) end--;
+  int rest = end < n && (cut->blank_numbers || byte_class(s[end]) != '0');
+  if (class == ' ' && rest && end > 1) end--;
   return end;
 }
 
@@ -3149,7 +3193,7 @@ static size_t symbols_of(const TbrTokenizer *tok, const char *s, size_t n,
     int32_t id = token_find(tok, TEXT, s + at, length);
     if (id < 0) length = 1;
     if (id < 0) id = token_find(tok, BYTE, s + at, length);
-    to[count++] = id;
+    if (id >= 0) to[count++] = id;
   }
   return count;
 }
@@ -3273,6 +3317,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
              "(%d marks and each byte) and some text are needed",
              vocab, n, MARKS + 256, MARKS);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
+  tok->cut = cuts;
   tbr_tokenizer_add_marks(tok);
   for (int i = 0; i < 256; i++)
     token_add(tok, TEXT, &(char){(char)i}, 1, "a tokenizer");
@@ -3315,12 +3360,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
   "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
   "_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
 static const char *const json_form[2] = {
-    "'normalizer':null,'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'ty"
-    "pe':'Split','behavior':'Isolated','invert':false,'pattern':{'Regex':'"
-    " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"
-    "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"
-    "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+'}},{'type':'ByteLevel'"
-    ",'add_prefix_space':false,'trim_offsets':false,'use_regex':false}]},'decod"
+    "'normalizer':null," OWN_CUT ",'decod"
     "er':{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'use"
     "_regex':false}," MODEL_FORM "false",
     "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
@@ -3458,7 +3498,11 @@ static TbrTokenizer *load_json(const char *path) {
   const Json *model = json_get(root, "model");
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   tok->pieces = json_true(model, "byte_fallback");
+  for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
+    if (json_must(root, cuts[i].form, NULL)) tok->cut = &cuts[i];
   char *form = format_string("{%s}}", json_form[tok->pieces]);
+  if (tok->cut)
+    form = copy_string("{'decoder':{'type':'ByteLevel'}," MODEL_FORM "false}}");
   json_must(root, form,
             "byte-level BPE as `tbr tokenizer` writes it is, and Llama 2's "
             "BPE with byte_fallback");
@@ -3525,7 +3569,8 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
     tbr_fail("%s: has %zu tokens, the model %zu (is it of another model?)",
              file, tok->n, vocab);
   for (unsigned i = 0; i < 256; i++)
-    if (token_find(tok, tok->pieces ? BYTE : TEXT, &(char){(char)i}, 1) < 0)
+    if ((!tok->cut || tok->cut == cuts) &&
+        token_find(tok, tok->pieces ? BYTE : TEXT, &(char){(char)i}, 1) < 0)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported",
                file, i);
@@ -3886,7 +3931,8 @@ static int whole(double x, size_t *n) {
 
 /* Whether a value holds all that is wanted; an array must be as long. */
 static int json_holds(const Json *have, const Json *want) {
-  if (!have || have->kind < JSON_TRUE) return want->kind < JSON_TRUE;
+  int none = !have || have->kind < JSON_TRUE;
+  if (none || (have->string && !*have->string)) return want->kind < JSON_TRUE;
   if (have->kind != want->kind || have->number != want->number) return 0;
   if (want->string && strcmp(have->string, want->string)) return 0;
   const Json *item = have->child; /* of an array: which is compared next */
@@ -3899,19 +3945,23 @@ static int json_holds(const Json *have, const Json *want) {
   return want->kind != JSON_ARRAY || !item;
 }
 
-static void json_must(const Json *root, const char *form, const char *known) {
+static int json_must(const Json *root, const char *form, const char *known) {
   Buf text = {0};
   add_json(&text, form);
   Json *want = json_parse(text.s, text.n, "form", 1);
+  int holds = 1;
   for (const Json *member = want->child; member; member = member->next) {
     const Json *have = json_get(root, member->key);
     if (json_holds(have, member)) continue;
+    holds = 0;
+    if (!known) continue;
     if (!have) have = root;
     tbr_fail("%s:%zu: this \"%s\" is not supported; %s", have->path, have->line,
              member->key, known);
   }
   buf_free(&text);
   json_free(want);
+  return holds;
 }
 
 static void add_json(Buf *out, const char *form) {
