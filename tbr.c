@@ -351,6 +351,11 @@ enum { BOS, EOS, USER, ASSISTANT, THINK, END_THINK, MARKS };
 static const char *const mark_name[MARKS] = {
     "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
 
+/* The text of a tokenizer's chat template, NULL if it has none, or is tbr's
+ * own; gives it another, which is its own from then on. */
+static const char *tokenizer_template(const TbrTokenizer *tok);
+static void tokenizer_set_template(TbrTokenizer *tok, char *text);
+
 /* From numbers but 0 to numbers. Starts as {0}; to free it, free its slot. */
 typedef struct {
   uint64_t key, value; /* key 0: free */
@@ -502,47 +507,233 @@ static void tokens_text(TbrTokens *to, const TbrTokenizer *tok,
   tokens_bytes(to, tok, text, strlen(text));
 }
 
+/* ---- the dialogues of models ------------------------------------------- */
+
+/* Where the message stands in the texts below, and what else is not literal, as
+ * Jinja writes it; special tokens stand under their own names. */
+#define MESSAGE "{{ message['content'] }}"
+#define TRIMMED "{{ message['content'] | trim }}"
+#define HEADER(role) "<|start_header_id|>" role "<|end_header_id|>\n\n"
+#define CHATML                                                        \
+  "<|im_start|>user\n" MESSAGE "<|im_end|>\n<|im_start|>assistant\n", \
+      MESSAGE "<|im_end|>\n", "<|im_end|>"
+#define CHATML_SYSTEM(line) "<|im_start|>system\n" line "<|im_end|>\n" CHATML
+#define LLAMA3   \
+  HEADER("user") \
+  TRIMMED "<|eot_id|>" HEADER("assistant"), TRIMMED "<|eot_id|>", "<|eot_id|>"
+
+/* What stands around prompt and answer. A model's own is the first whose sign
+ * is in its chat template; where that is known not to be one of these, `ask`
+ * is NULL. */
+typedef struct {
+  const char *name, *sign;
+  const char *ask;   /* up to where the model goes on */
+  const char *reply; /* what it learns to say, */
+  const char *end;   /* and the special token which ends that */
+} Dialogue;
+static const Dialogue dialogue[] = {
+    {"tbr", "'<|user|>' + message['content'] }}",
+     "<|bos|><|user|>" MESSAGE "<|assistant|>", MESSAGE "<|eos|>", "<|eos|>"},
+    {"smollm2", "named SmolLM, trained by Hugging Face<|im_end|>",
+     CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by "
+                   "Hugging Face")},
+    {"qwen", "You are Qwen, created by Alibaba Cloud. You are a helpful",
+     CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful "
+                   "assistant.")},
+    {"qwen2", "system\nYou are a helpful assistant.<|im_end|>",
+     CHATML_SYSTEM("You are a helpful assistant.")},
+    {"", "<|im_start|>system", NULL, NULL, NULL},
+    {"chatml", "<|im_start|>", CHATML}};
+enum { DIALOGUES = sizeof dialogue / sizeof *dialogue };
+
+/* The dialogue of a tokenizer, tbr's own where it has no template, or NULL. */
+static const Dialogue *dialogue_known(const TbrTokenizer *tok) {
+  const char *template = tokenizer_template(tok);
+  if (!template) return dialogue;
+  for (size_t i = 0; i < DIALOGUES; i++) {
+    if (!strstr(template, dialogue[i].sign)) continue;
+    return dialogue[i].ask ? &dialogue[i] : NULL;
+  }
+  return NULL;
+}
+
+/* The same, where there must be one. */
+static const Dialogue *dialogue_of(const TbrTokenizer *tok) {
+  const Dialogue *known = dialogue_known(tok);
+  if (!known)
+    tbr_fail("the chat template of this tokenizer is none that is known; "
+             "--template NAME says which is to be used");
+  return known;
+}
+
+/* What ends an answer: the token that the dialogue says, or the other one that
+ * a text ends or begins with; -1 for what there is not. */
+static void stops_of(const TbrTokenizer *tok, int32_t stop[2]) {
+  const Dialogue *known = dialogue_known(tok);
+  if (!known) known = dialogue;
+  stop[0] = tbr_special(tok, known->end);
+  stop[1] = tbr_special(tok, mark_name[EOS]);
+  if (stop[1] == stop[0]) stop[1] = tbr_special(tok, mark_name[BOS]);
+}
+
 /* ---- a dialogue put together, and its mask ----------------------------- */
 
-/* The tokens of the marks, -1 for missing ones; returns whether all exist. */
-static int marks_of(const TbrTokenizer *tok, int32_t mark[MARKS]) {
-  int all = 1;
-  for (size_t i = 0; i < MARKS; i++) {
-    mark[i] = tbr_special(tok, mark_name[i]);
-    all &= mark[i] >= 0;
+/* Tokens being written. */
+typedef struct {
+  const TbrTokenizer *tok;
+  const Dialogue *kind;
+  TbrTokens to;
+  Buf text;           /* since the last special token, encoded as one */
+  size_t begin, done; /* where its tokens begin; the bytes that have some */
+} Writer;
+
+/* Encodes what has no tokens yet: with the text before it, as Hugging Face
+ * does, unless then the tokens that are there would be others. */
+static void write_pending(Writer *w) {
+  int32_t *id;
+  size_t old = w->to.n - w->begin;
+  if (w->text.n == w->done) return;
+  size_t n = tbr_encode(w->tok, w->text.s, w->text.n, &id);
+  if (old && (n < old || memcmp(id, w->to.id + w->begin, old * sizeof *id))) {
+    free(id);
+    old = 0;
+    n = tbr_encode(w->tok, w->text.s + w->done, w->text.n - w->done, &id);
   }
-  return all;
+  for (size_t i = old; i < n; i++)
+    tokens_add(&w->to, id[i]);
+  free(id);
+  w->done = w->text.n;
+}
+
+static void write_special(Writer *w, int32_t id) {
+  write_pending(w);
+  tokens_add(&w->to, id);
+  buf_clear(&w->text);
+  w->done = 0;
+  w->begin = w->to.n;
+}
+
+/* Ends a reflection; a model that has no such token writes it as text. Of tbr's
+ * own nothing stands beside it, of others what reasoning models write. */
+static void write_think(Writer *w, size_t mark, const char *before,
+                        const char *behind) {
+  int32_t id = tbr_special(w->tok, mark_name[mark]);
+  int own = w->kind == dialogue;
+  if (!own) buf_str(&w->text, before);
+  if (id < 0) buf_str(&w->text, mark_name[mark]);
+  if (id >= 0) write_special(w, id);
+  if (!own) buf_str(&w->text, behind);
+}
+static void write_end_think(Writer *w) {
+  write_think(w, END_THINK, "\n", "\n\n");
+}
+
+/* Writes a message, which never yields a special token. */
+static void write_message(Writer *w, const char *reflection, const char *text,
+                          int trimmed) {
+  size_t n = strlen(text);
+  if (reflection) {
+    write_think(w, THINK, "", "\n");
+    buf_str(&w->text, reflection);
+    write_end_think(w);
+  }
+  if (trimmed) {
+    text += strspn(text, " \t\r\n");
+    n = trimmed_length(text);
+  }
+  buf_add(&w->text, text, n);
+}
+
+/* Writes a text of the table. */
+static void write_form(Writer *w, const char *form, const char *reflection,
+                       const char *text) {
+  while (*form) {
+    size_t n = strcspn(form, "<{");
+    buf_add(&w->text, form, n);
+    form += n;
+    if (!*form) break;
+    n = strcspn(form, ">}") + 1 + (*form == '{');
+    char *name = format_string("%.*s", (int)n, form);
+    int32_t id = tbr_special(w->tok, name);
+    form += n;
+    if (*name == '{')
+      write_message(w, reflection, text, !strcmp(name, TRIMMED));
+    else if (id >= 0)
+      write_special(w, id);
+    else
+      tbr_fail("the tokenizer has no special token %s, which the dialogue "
+               "\"%s\" needs; `tbr train` adds tbr's own to a base model, and "
+               "--template NAME says which is to be used",
+               name, w->kind->name);
+    free(name);
+  }
+  write_pending(w);
+}
+
+/* What asks a model. */
+static Writer write_ask(const TbrTokenizer *tok, const char *prompt) {
+  Writer w = {.tok = tok, .kind = dialogue_of(tok)};
+  buf_str(&w.text, "");
+  write_form(&w, w.kind->ask, NULL, prompt);
+  return w;
 }
 
 TbrTokens tbr_prompt_tokens(const TbrTokenizer *tok, const char *prompt) {
-  int32_t mark[MARKS];
-  TbrTokens tokens = {0};
-  if (!marks_of(tok, mark))
-    tbr_fail("the tokenizer has no dialogue marks (<|user|>, <|assistant|>, "
-             "<think>, ...); `tbr train` adds them to a base model");
-  tokens_add(&tokens, mark[BOS]);
-  tokens_add(&tokens, mark[USER]);
-  tokens_text(&tokens, tok, prompt);
-  tokens_add(&tokens, mark[ASSISTANT]);
-  return tokens;
+  Writer w = write_ask(tok, prompt);
+  buf_free(&w.text);
+  return w.to;
+}
+
+/* What stands between a prompt and its answer, and so behind a prompt that was
+ * cut; fails if a dialogue can't be had in `room` tokens. */
+static TbrTokens behind_prompt(const TbrTokenizer *tok, size_t room) {
+  Writer w = write_ask(tok, "");
+  size_t least = w.to.n + 4;
+  if (room < least)
+    tbr_fail("a context of %zu tokens is too short for a dialogue; \"%s\" "
+             "needs %zu",
+             room + 1, w.kind->name, least + 1);
+  w.to.n = 0;
+  write_form(&w, strstr(strstr(w.kind->ask, "{{ message"), "}}") + 2, NULL, "");
+  buf_free(&w.text);
+  return w.to;
 }
 
 /* Cuts a dialogue of n_prompt and n_reflection tokens and a response to `most`:
  * the response gets what the reflection leaves, but at least half. A cut
- * response loses its <|eos|>, a cut reflection ends in </think> all the same.
- */
-static void dialogue_cut(TbrTokens *dialogue, size_t n_prompt,
-                         size_t n_reflection, size_t most, int32_t end_think) {
+ * response loses its end, a cut reflection ends in </think> all the same. */
+static void dialogue_cut(TbrTokens *all, size_t n_prompt, size_t n_reflection,
+                         size_t most, const TbrTokens *end_think) {
   size_t room = most - n_prompt;
   size_t n_kept = smaller(n_reflection, room - room / 2);
-  size_t n_response =
-      smaller(dialogue->n - n_prompt - n_reflection, room - n_kept);
+  size_t n_response = smaller(all->n - n_prompt - n_reflection, room - n_kept);
   n_kept = smaller(n_reflection, room - n_response);
-  int32_t *from = dialogue->id + n_prompt + n_reflection;
-  int32_t *to = dialogue->id + n_prompt + n_kept;
+  int32_t *from = all->id + n_prompt + n_reflection;
+  int32_t *to = all->id + n_prompt + n_kept;
+  size_t end = end_think->n;
   memmove(to, from, n_response * sizeof *to);
-  if (n_kept < n_reflection) to[-1] = end_think;
-  dialogue->n = n_prompt + n_kept + n_response;
+  if (n_kept < n_reflection) memcpy(to - end, end_think->id, end * sizeof *to);
+  all->n = n_prompt + n_kept + n_response;
+}
+
+/* Cuts a dialogue of an example if its response is to be learnt, too; returns
+ * whether there is room for that. */
+static int example_cut(Writer *w, size_t n_prompt, const TbrExample *example,
+                       const char *response, size_t most) {
+  Writer end = {.tok = w->tok, .kind = w->kind};
+  Writer rest = end;
+  write_end_think(&end);
+  write_pending(&end);
+  write_form(&rest, w->kind->reply, NULL, response);
+  size_t n = w->to.n - n_prompt, n_reflection = 0;
+  if (example->reflection) n_reflection = n - smaller(n, rest.to.n);
+  int fits = n_prompt + 2 + 2 * end.to.n <= most;
+  if (fits) dialogue_cut(&w->to, n_prompt, n_reflection, most, &end.to);
+  free(end.to.id);
+  free(rest.to.id);
+  buf_free(&end.text);
+  buf_free(&rest.text);
+  return fits;
 }
 
 /* A sequence has each token but the last, and as target the token behind it:
@@ -550,63 +741,67 @@ static void dialogue_cut(TbrTokens *dialogue, size_t n_prompt,
 TbrFate tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                              const TbrExample *example, size_t context,
                              TbrTooLong too_long) {
-  int32_t mark[MARKS];
-  marks_of(tok, mark);
-  TbrTokens dialogue = tbr_prompt_tokens(tok, example->prompt);
-  size_t n_prompt = dialogue.n;
-  if (example->reflection) {
-    tokens_add(&dialogue, mark[THINK]);
-    tokens_text(&dialogue, tok, example->reflection);
-    tokens_add(&dialogue, mark[END_THINK]);
-  }
-  size_t n_reflection = dialogue.n - n_prompt;
-  if (example->response) tokens_text(&dialogue, tok, example->response);
-  tokens_add(&dialogue, mark[EOS]);
+  const char *response = example->response ? example->response : "";
+  Writer w = write_ask(tok, example->prompt);
+  size_t n_prompt = w.to.n;
+  write_form(&w, w.kind->reply, example->reflection, response);
 
   TbrFate fate = TBR_WHOLE;
   size_t most = context + 1;
-  if (dialogue.n > most) fate = TBR_DROPPED;
-  if (fate == TBR_DROPPED && too_long == TBR_CUT_LONG && n_prompt + 4 <= most) {
-    dialogue_cut(&dialogue, n_prompt, n_reflection, most, mark[END_THINK]);
+  if (w.to.n > most) fate = TBR_DROPPED;
+  if (fate == TBR_DROPPED && too_long == TBR_CUT_LONG &&
+      example_cut(&w, n_prompt, example, response, most))
     fate = TBR_CUT;
-  }
   if (fate != TBR_DROPPED) {
-    tbr_sequences_add(out, dialogue.id, dialogue.id + 1, dialogue.n - 1);
-    /* The mask. Target i is token i + 1, so this ends with <|assistant|>, the
-     * prompt's last; the first to be learnt is the token behind it. */
+    tbr_sequences_add(out, w.to.id, w.to.id + 1, w.to.n - 1);
+    /* The mask. Target i is token i + 1, so this ends with the prompt's last,
+     * <|assistant|> or so; the first to be learnt is the token behind it. */
     int32_t *target = out->target + out->first[out->n - 1];
     for (size_t i = 0; i + 1 < n_prompt; i++)
       target[i] = -1;
   }
-  free(dialogue.id);
+  free(w.to.id);
+  buf_free(&w.text);
   return fate;
 }
 
 /* ---- and taken apart again --------------------------------------------- */
 
-/* What tokens say (fresh). A zero byte, which would end a string, becomes
- * another that is no UTF-8, and so U+FFFD in files. */
+/* What tokens say (fresh), with <think> and </think> to be seen also where they
+ * are special tokens. A zero byte, which would end a string, becomes another
+ * that is no UTF-8, and so U+FFFD in files. */
 static char *words_of(const TbrTokenizer *tok, const int32_t *id, size_t n) {
-  size_t length;
-  char *text = tbr_decode(tok, id, n, &length);
-  for (size_t i = 0; i < length; i++)
-    if (text[i] == 0) text[i] = '\xff';
-  return text;
+  int32_t think = tbr_special(tok, mark_name[THINK]);
+  int32_t end_think = tbr_special(tok, mark_name[END_THINK]);
+  Buf text = {0};
+  buf_str(&text, "");
+  for (size_t i = 0; i < n; i++) {
+    size_t begin = i, bytes;
+    while (i < n && id[i] != think && id[i] != end_think)
+      i++;
+    char *run = tbr_decode(tok, id + begin, i - begin, &bytes);
+    buf_add(&text, run, bytes);
+    free(run);
+    if (i < n) buf_str(&text, mark_name[id[i] == think ? THINK : END_THINK]);
+  }
+  for (size_t i = 0; i < text.n; i++)
+    if (text.s[i] == 0) text.s[i] = '\xff';
+  return text.s;
 }
 
 char *tbr_split_answer(const TbrTokenizer *tok, const TbrTokens *said,
                        char **reflection) {
-  int32_t end_think = tbr_special(tok, mark_name[END_THINK]);
-  const int32_t *id = said->id;
-  size_t end = 1;
+  char *text = words_of(tok, said->id, said->n);
+  char *thought = text + strspn(text, " \t\r\n");
   *reflection = NULL;
-  if (said->n == 0 || id[0] != tbr_special(tok, mark_name[THINK]))
-    return words_of(tok, id, said->n);
-  while (end < said->n && id[end] != end_think)
-    end++;
-  *reflection = words_of(tok, id + 1, end - 1);
-  size_t answer = smaller(end + 1, said->n); /* the end, if it never ends */
-  return words_of(tok, id + answer, said->n - answer);
+  if (strncmp(thought, "<think>", 7)) return text;
+  thought += 7;
+  char *end = strstr(thought, "</think>");
+  char *answer = copy_string(end ? trim(end + 8) : ""); /* if it never ends */
+  if (end) *end = 0;
+  *reflection = copy_string(trim(thought));
+  free(text);
+  return answer;
 }
 
 /* ---- sequences; text without dialogue ---------------------------------- */
@@ -1995,14 +2190,22 @@ static double trainer_run(Trainer *trainer, const char *label) {
   return loss;
 }
 
-/* Writes tokenizer, log and at last the model, which says that all is done. */
+/* Writes a tokenizer, and then its model. */
+static void pair_save(const TbrModel *model, const TbrTokenizer *tok,
+                      const char *directory, const char *training) {
+  int32_t stop[2], bos = tbr_special(tok, mark_name[BOS]);
+  stops_of(tok, stop);
+  if (bos < 0) bos = stop[1];
+  tbr_tokenizer_save(tok, directory);
+  tbr_model_save(model, directory, bos, stop[0], training);
+}
+
+/* Writes log, tokenizer and at last the model, which says that all is done. */
 static void trainer_finish(const Trainer *trainer, const TbrTokenizer *tok) {
   const char *directory = trainer->directory;
   char *state = path_in(directory, state_file);
-  tbr_tokenizer_save(tok, directory);
   write_in(directory, "log.csv", trainer->log.s, trainer->log.n);
-  tbr_model_save(trainer->model, directory, tbr_special(tok, "<|bos|>"),
-                 tbr_special(tok, "<|eos|>"), trainer->mark);
+  pair_save(trainer->model, tok, directory, trainer->mark);
   remove(state);
   free(state);
 }
@@ -2443,18 +2646,19 @@ static void answer_row(Buf *to, const TbrExample *example, const char *tag,
 static TbrTokens *prompts_of(const TbrModel *model, const TbrTokenizer *tok,
                              const TbrExamples *prompts, size_t *cut) {
   size_t room = model->config.context - 1;
-  if (room < 7)
-    tbr_fail("a context of %zu tokens is too short for a dialogue", room + 1);
   TbrTokens *tokens = mem_new(prompts->n, sizeof *tokens);
+  TbrTokens behind = behind_prompt(tok, room);
   *cut = 0;
   for (size_t i = 0; i < prompts->n; i++) {
     TbrTokens *prompt = &tokens[i];
     *prompt = tbr_prompt_tokens(tok, prompts->row[i].prompt);
     if (prompt->n <= room) continue;
-    prompt->id[room - 1] = prompt->id[prompt->n - 1]; /* <|assistant|> */
+    memcpy(prompt->id + room - behind.n, behind.id,
+           behind.n * sizeof *behind.id);
     prompt->n = room;
     ++*cut;
   }
+  free(behind.id);
   return tokens;
 }
 
@@ -2464,8 +2668,7 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
   size_t cut;
   TbrTokens *prompt = prompts_of(model, tok, prompts, &cut);
   TbrSampling sampling = how->sampling;
-  sampling.stop[0] = tbr_special(tok, mark_name[EOS]);
-  sampling.stop[1] = tbr_special(tok, mark_name[BOS]);
+  stops_of(tok, sampling.stop);
   TbrTokens *said =
       tbr_generate(model, prompt, prompts->n, &sampling, how->label);
   Buf rows = {0}, csv = {0};
@@ -2531,8 +2734,7 @@ void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
                  TbrExamples *rows, const char *const *lead,
                  const TbrSampling *sampling) {
   TbrSampling how = *sampling;
-  how.stop[0] = tbr_special(tok, mark_name[BOS]);
-  how.stop[1] = tbr_special(tok, mark_name[EOS]);
+  stops_of(tok, how.stop);
   TbrTokens *prompt = mem_new(rows->n, sizeof *prompt);
   for (size_t i = 0; i < rows->n; i++)
     tokens_document(&prompt[i], tok, lead[i], strlen(lead[i]));
@@ -3032,6 +3234,7 @@ static const Cut cuts[] = {
 struct TbrTokenizer {
   int pieces;     /* SentencePiece's kind, not byte-level */
   const Cut *cut; /* where that is byte-level */
+  char *chat_template;
   Token *token;
   size_t n, cap, merge_cap;
   Map ids;         /* from the hash of bytes to the last token + 1 */
@@ -3081,7 +3284,17 @@ void tbr_tokenizer_free(TbrTokenizer *tok) {
   free(tok->ids.slot);
   free(tok->merge);
   free(tok->pairs.slot);
+  free(tok->chat_template);
   free(tok);
+}
+
+static const char *tokenizer_template(const TbrTokenizer *tok) {
+  return tok->chat_template;
+}
+
+static void tokenizer_set_template(TbrTokenizer *tok, char *text) {
+  free(tok->chat_template);
+  tok->chat_template = text;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *tok) { return tok->n; }
@@ -3096,13 +3309,19 @@ const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n) {
 }
 
 int32_t tbr_special(const TbrTokenizer *tok, const char *name) {
+  static const char *const other[][2] = {{"<|bos|>", "<s>"},
+                                         {"<|bos|>", "<|begin_of_text|>"},
+                                         {"<|eos|>", "</s>"},
+                                         {"<|eos|>", "<|endoftext|>"},
+                                         {"<|eos|>", "<|end_of_text|>"}};
   int32_t id = token_find(tok, SPECIAL, name, strlen(name));
-  if (id < 0 && !strcmp(name, mark_name[BOS])) return tbr_special(tok, "<s>");
-  if (id < 0 && !strcmp(name, mark_name[EOS])) return tbr_special(tok, "</s>");
+  for (size_t i = 0; id < 0 && i < sizeof other / sizeof *other; i++)
+    if (!strcmp(name, other[i][0])) id = tbr_special(tok, other[i][1]);
   return id;
 }
 
 void tbr_tokenizer_add_marks(TbrTokenizer *tok) {
+  if (tok->chat_template) return;
   for (size_t i = 0; i < MARKS; i++) {
     const char *name = mark_name[i];
     if (tbr_special(tok, name) >= 0) continue;
@@ -3560,6 +3779,32 @@ static TbrTokenizer *load_bin(const char *path) {
   return tok;
 }
 
+/* The chat template in a directory (fresh), of several the one that is named
+ * default; NULL if there is none or it is tbr's own. */
+static char *chat_template_read(const char *directory) {
+  char *jinja = path_in(directory, "chat_template.jinja");
+  char *config = path_in(directory, "tokenizer_config.json");
+  char *text = NULL;
+  Json *root = NULL;
+  if (file_exists(jinja))
+    text = read_file(jinja, NULL);
+  else if (file_exists(config))
+    root = json_read(config);
+  const Json *found = json_get(root, "chat_template");
+  if (found && found->kind == JSON_ARRAY) {
+    found = found->child;
+    while (found && strcmp(json_string(found, "name", ""), "default"))
+      found = found->next;
+    found = json_get(found, "template");
+  }
+  if (found && found->string && strcmp(found->string, chat_template))
+    text = copy_string(found->string);
+  json_free(root);
+  free(config);
+  free(jinja);
+  return text;
+}
+
 TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   char *inside = path_in(path, "tokenizer.json");
   const char *file = file_exists(inside) ? inside : path;
@@ -3574,6 +3819,7 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported",
                file, i);
+  tok->chat_template = chat_template_read(path);
   free(inside);
   return tok;
 }
@@ -3628,11 +3874,14 @@ void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
                   "  'clean_up_tokenization_spaces': false");
   if (bos >= 0) add_token(&json, ",\n  'bos_token': ", tok, bos);
   if (eos >= 0) add_token(&json, ",\n  'eos_token': ", tok, eos);
-  if (tbr_special(tok, mark_name[USER]) >= 0 &&
+  if (!tok->chat_template && tbr_special(tok, mark_name[USER]) >= 0 &&
       tbr_special(tok, mark_name[ASSISTANT]) >= 0)
     buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&json, "\n}\n");
   write_in(directory, "tokenizer_config.json", json.s, json.n);
+  if (tok->chat_template)
+    write_in(directory, "chat_template.jinja", tok->chat_template,
+             strlen(tok->chat_template));
   buf_free(&names);
   buf_free(&json);
 }
@@ -5291,19 +5540,18 @@ static TbrSampling sampling_of(const Options *options) {
  * of a dialogue, else as a text that goes on. */
 static void verb_generate(const Options *options) {
   Pair pair = pair_load(options->model, options->tokenizer);
-  int32_t mark[MARKS];
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
-  int dialogue = marks_of(pair.tok, mark);
-  if (dialogue)
+  int answers = tokenizer_template(pair.tok) ||
+                tbr_special(pair.tok, mark_name[ASSISTANT]) >= 0;
+  if (answers)
     prompt = tbr_prompt_tokens(pair.tok, asked);
   else
     tokens_document(&prompt, pair.tok, asked, strlen(asked));
   TbrSampling how = sampling_of(options);
-  how.stop[0] = mark[BOS];
-  how.stop[1] = mark[EOS];
+  stops_of(pair.tok, how.stop);
   TbrTokens *said = tbr_generate(pair.model, &prompt, 1, &how, NULL);
-  if (dialogue) {
+  if (answers) {
     char *reflection;
     char *answer = tbr_split_answer(pair.tok, said, &reflection);
     if (reflection) printf("<think>\n%s\n</think>\n\n", reflection);
@@ -5501,10 +5749,7 @@ static void verb_info(const Options *options) {
 
 static void verb_import(const Options *options) {
   Pair pair = pair_load(options->base, options->tokenizer);
-  int32_t mark[MARKS];
-  marks_of(pair.tok, mark);
-  tbr_model_save(pair.model, options->out, mark[BOS], mark[EOS], NULL);
-  tbr_tokenizer_save(pair.tok, options->out);
+  pair_save(pair.model, pair.tok, options->out, NULL);
   pair_free(&pair);
 }
 
