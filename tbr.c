@@ -2442,8 +2442,11 @@ static void round_choose(Round *round) {
   for (size_t i = 0; i < round->batch.n_spans; i++) {
     const Span *span = &round->batch.spans[i];
     Slot *slot = &round->slot[span->slot];
-    const real *logits = decoder->logits + i * vocab;
+    real *logits = decoder->logits + i * vocab;
     int32_t id = choose(logits, vocab, options, &slot->rng);
+    size_t number = (size_t)(slot->answer - round->answer);
+    if (options->watch)
+      options->watch(options->watcher, number, slot->answer, id, logits);
     int is_end = id == options->stop[0] || id == options->stop[1];
     if (!is_end) tokens_add(slot->answer, id);
     slot->past += span->n;
@@ -2626,7 +2629,7 @@ static void xstest_row(Buf *to, const TbrExample *example, size_t number,
 /* Adds a line of JSON with all that is known of an answer. */
 static void answer_row(Buf *to, const TbrExample *example, const char *tag,
                        const char *reflection, const char *completion,
-                       const size_t is[TBR_COUNTS]) {
+                       const double *score, const size_t is[TBR_COUNTS]) {
   const char *judgement = "neither";
   if (is[TBR_REFUSAL]) judgement = "refusal";
   if (is[TBR_COMPLIANCE]) judgement = "compliance";
@@ -2638,6 +2641,7 @@ static void answer_row(Buf *to, const TbrExample *example, const char *tag,
   json_field(to, "completion", completion);
   json_field(to, "expected", example->response);
   json_field(to, "judgement", judgement);
+  if (score) buf_printf(to, ", \"score\": %.4f", *score);
   buf_printf(to, ", \"exact\": %s}\n", is[TBR_EXACT] ? "true" : "false");
 }
 
@@ -2681,7 +2685,8 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
     char *answer = tbr_split_answer(tok, &said[i], &reflection);
     tbr_judge(example, reflection, answer, how->rule, is);
     count_judgement(results, example, is);
-    answer_row(&rows, example, how->tag, reflection, answer, is);
+    const double *score = how->score ? &how->score[i] : NULL;
+    answer_row(&rows, example, how->tag, reflection, answer, score, is);
     xstest_row(&csv, example, i + 1, answer, is[TBR_REFUSAL]);
     free(reflection);
     free(answer);

@@ -239,6 +239,12 @@ typedef struct {
   size_t tokens;      /* at most so many new ones */
   int32_t stop[2];    /* a sequence ends before these; -1: none */
   uint64_t seed;
+  /* If it isn't NULL, called with every token of every answer: what that
+   * prompt's answer is so far, the token just chosen, and the logits (vocab)
+   * that it was chosen from, which may be changed. */
+  void (*watch)(void *watcher, size_t prompt, const TbrTokens *said,
+                int32_t next, tbr_real *logits);
+  void *watcher;
 } TbrSampling;
 
 /* What follows each of n prompts (fresh; free with tbr_answers_free). An
@@ -297,6 +303,8 @@ typedef struct {
   const char *tag;       /* members that begin each line, in JSON; "": none */
   const char *label;     /* of the progress line */
   const char *directory; /* gets completions.jsonl, completions.csv */
+  const double *score;   /* of each prompt, written too; NULL: none. What
+                            sampling.watch found is there in time. */
 } TbrEvaluation;
 
 /* Lets the model answer all prompts, judges, counts into results, and writes
