@@ -2645,17 +2645,22 @@ static void answer_row(Buf *to, const TbrExample *example, const char *tag,
   buf_printf(to, ", \"exact\": %s}\n", is[TBR_EXACT] ? "true" : "false");
 }
 
-/* The prompts as tokens (fresh); *cut becomes the number of those whose end
- * was cut off, to leave room for an answer. */
+/* The prompts as tokens (fresh), each in a request, if there is one; *cut
+ * becomes the number of those whose end was cut off, to leave room for an
+ * answer. */
 static TbrTokens *prompts_of(const TbrModel *model, const TbrTokenizer *tok,
-                             const TbrExamples *prompts, size_t *cut) {
+                             const TbrExamples *prompts, const char *request,
+                             size_t *cut) {
   size_t room = model->config.context - 1;
   TbrTokens *tokens = mem_new(prompts->n, sizeof *tokens);
   TbrTokens behind = behind_prompt(tok, room);
   *cut = 0;
   for (size_t i = 0; i < prompts->n; i++) {
     TbrTokens *prompt = &tokens[i];
-    *prompt = tbr_prompt_tokens(tok, prompts->row[i].prompt);
+    char *text =
+        tbr_request(request ? request : "{prompt}", prompts->row[i].prompt);
+    *prompt = tbr_prompt_tokens(tok, text);
+    free(text);
     if (prompt->n <= room) continue;
     memcpy(prompt->id + room - behind.n, behind.id,
            behind.n * sizeof *behind.id);
@@ -2670,7 +2675,7 @@ size_t tbr_evaluate(const TbrModel *model, const TbrTokenizer *tok,
                     const TbrExamples *prompts, const TbrEvaluation *how,
                     TbrResults *results) {
   size_t cut;
-  TbrTokens *prompt = prompts_of(model, tok, prompts, &cut);
+  TbrTokens *prompt = prompts_of(model, tok, prompts, how->request, &cut);
   TbrSampling sampling = how->sampling;
   stops_of(tok, sampling.stop);
   TbrTokens *said =
@@ -2719,11 +2724,22 @@ void tbr_wilson(size_t k, size_t n, double *low, double *high) {
  * Chapter 8: reflections by a model
  *
  * Reflections come from a stronger model or a person ("external"), or from
- * the model itself ("internal"; Think-Before-Refusal, section 3). External
- * ones are in the files of examples. Here the model writes its own: it goes
- * on behind a lead, a text that says what is asked, until it has come to a
- * verdict. Left out: asking a stronger model.
+ * the model itself ("internal"; Think-Before-Refusal, section 3). A request, a
+ * text with a gap for the prompt, asks for them: data/rows/reflect.txt is one.
+ * A stronger model is asked by way of files: one of requests in the OpenAI
+ * Batch form, and what comes back. Rows that reflect already are left alone.
  * ====================================================================== */
+
+char *tbr_request(const char *request, const char *prompt) {
+  static const char gap[] = "{prompt}";
+  const char *at = strstr(request, gap);
+  if (!at)
+    tbr_fail("a request should have {prompt} where the prompt is to stand; "
+             "\"%.60s\" has not",
+             request);
+  return format_string("%.*s%s%s", (int)(at - request), request, prompt,
+                       at + strlen(gap));
+}
 
 /* Ends a text behind the sentence that first gives a verdict. */
 static void end_at_verdict(char *text) {
@@ -2736,13 +2752,16 @@ static void end_at_verdict(char *text) {
 }
 
 void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
-                 TbrExamples *rows, const char *const *lead,
+                 TbrExamples *rows, const char *const *lead, int is_dialogue,
                  const TbrSampling *sampling) {
   TbrSampling how = *sampling;
   stops_of(tok, how.stop);
   TbrTokens *prompt = mem_new(rows->n, sizeof *prompt);
   for (size_t i = 0; i < rows->n; i++)
-    tokens_document(&prompt[i], tok, lead[i], strlen(lead[i]));
+    if (is_dialogue)
+      prompt[i] = tbr_prompt_tokens(tok, lead[i]);
+    else
+      tokens_document(&prompt[i], tok, lead[i], strlen(lead[i]));
   TbrTokens *said = tbr_generate(model, prompt, rows->n, &how, "reflect");
   for (size_t i = 0; i < rows->n; i++) {
     char *text = tbr_decode(tok, said[i].id, said[i].n, NULL);
@@ -2753,6 +2772,78 @@ void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
   }
   tbr_answers_free(said, rows->n);
   tbr_answers_free(prompt, rows->n);
+}
+
+/* ---- asked of a stronger model ----------------------------------------- */
+
+/* What an answer is told by (fresh): the row's number, and its prompt's hash,
+ * since rows may have changed in between. */
+static char *batch_id(const TbrExamples *rows, size_t i) {
+  const char *prompt = rows->row[i].prompt;
+  uint64_t hash = hash_bytes(HASH_START, prompt, strlen(prompt));
+  return format_string("row-%zu-%016llx", i + 1, (unsigned long long)hash);
+}
+
+size_t tbr_batch_write(const char *path, const TbrExamples *rows,
+                       const char *request, const char *model) {
+  Buf text = {0};
+  size_t asked = 0;
+  for (size_t i = 0; i < rows->n; i++) {
+    if (rows->row[i].reflection) continue;
+    char *id = batch_id(rows, i);
+    char *content = tbr_request(request, rows->row[i].prompt);
+    buf_str(&text, "{");
+    json_field(&text, "custom_id", id);
+    json_field(&text, "method", "POST");
+    json_field(&text, "url", "/v1/chat/completions");
+    buf_str(&text, ", \"body\": {");
+    json_field(&text, "model", model);
+    buf_str(&text, ", \"messages\": [{\"role\": \"user\"");
+    json_field(&text, "content", content);
+    buf_str(&text, "}]}}\n");
+    free(content);
+    free(id);
+    asked++;
+  }
+  write_file(path, text.s, text.n);
+  buf_free(&text);
+  return asked;
+}
+
+/* Takes one answer: a reflection, which gives a verdict, for the row of its id.
+ * An answer that is none is named on stderr. */
+static void batch_take(void *to, const Json *line) {
+  TbrExamples *rows = to;
+  const char *id = json_string(line, "custom_id", "");
+  const Json *body = json_get(json_get(line, "response"), "body");
+  const Json *choices = json_get(body, "choices");
+  const Json *message = json_get(choices ? choices->child : NULL, "message");
+  const char *content = json_string(message, "content", "");
+  size_t i = strncmp(id, "row-", 4) ? 0 : (size_t)strtoull(id + 4, NULL, 10);
+  char *own = i > 0 && i <= rows->n ? batch_id(rows, i - 1) : NULL;
+  const char *fault = NULL;
+  if (!own || strcmp(own, id))
+    fault = "its custom_id is that of no row";
+  else if (!tbr_verdict(content))
+    fault = "it comes to no verdict, harmful or harmless (failed?)";
+  else if (!rows->row[i - 1].reflection)
+    rows->row[i - 1].reflection = trim(copy_string(content));
+  if (fault)
+    fprintf(stderr, "tbr: %s:%zu: answer \"%.60s\" is left out: %s\n",
+            line->path, line->line, id, fault);
+  free(own);
+}
+
+size_t tbr_batch_read(const char *path, TbrExamples *rows) {
+  size_t missing = 0;
+  rows_read(path, batch_take, rows);
+  for (size_t i = 0; i < rows->n; i++) {
+    if (rows->row[i].reflection) continue;
+    fprintf(stderr, "tbr: example %zu has no reflection: \"%.60s\"\n", i + 1,
+            rows->row[i].prompt);
+    missing++;
+  }
+  return missing;
 }
 
 /* ======================================================================
@@ -5210,10 +5301,11 @@ static void progress(Progress *bar, size_t done, const char *note) {
 typedef struct {
   const char *argument; /* of a verb that has one */
   const char *general, *safety, *in, *data, *text, *prompts, *prompt;
-  const char *model, *base, *tokenizer, *out, *name;
+  const char *model, *base, *tokenizer, *out, *name, *ask, *answers, *batch;
   int reflection, form, too_long, rule;
   double share, temperature, top_p;
   size_t general_rows, safety_rows, seed, limit, tokens, show, threads;
+  size_t overwrite;
   size_t window, rows, save_every;
   TbrConfig shape;             /* what options say of it, */
   TbrTraining pretrain, train; /* and of these */
@@ -5246,16 +5338,20 @@ static const Option option[] = {
     {"in", STRING_AT(in), "d", "file that is only to be converted"},
     {"form", WORD, AT(form), "native", "d", "form written: native messages"},
     {"data", STRING_AT(data), "t", "file of examples to train on"},
-    {"model", STRING_AT(model), "sge", "directory or .bin of a model"},
+    {"model", STRING_AT(model), "sger", "directory or .bin of a model"},
     {"base", STRING_AT(base), "tm", "model to begin with"},
-    {"tokenizer", STRING_AT(tokenizer), "sptgem", "path, or the model's"},
+    {"tokenizer", STRING_AT(tokenizer), "sptgemr", "path, or the model's"},
     {"text", STRING_AT(text), "kp", "file of text, a document a line"},
     {"prompts", STRING_AT(prompts), "e", "file of prompts to answer"},
     {"prompt", STRING_AT(prompt), "g", "text to answer or go on from"},
-    {"out", STRING, AT(out), "out", "dkptem", "directory or file to write"},
+    {"ask", STRING_AT(ask), "re", "file of a request, {prompt} in it"},
+    {"batch", STRING_AT(batch), "r", "ask this model, in the file --out"},
+    {"answers", STRING_AT(answers), "r", "file of answers to such a file"},
+    {"overwrite", COUNT, AT(overwrite), "0", "r", "1: also what is there"},
+    {"out", STRING, AT(out), "out", "dkptemr", "directory or file to write"},
     {"name", STRING_AT(name), "te", "name in progress and results"},
     {"rule", WORD, AT(rule), "xstest", "ej", "rule to judge by: xstest arditi"},
-    {"seed", COUNT, AT(seed), "0", "dptge", "seed of all that is random"},
+    {"seed", COUNT, AT(seed), "0", "dptger", "seed of all that is random"},
     {"vocab", COUNT, AT(shape.vocab), "1536", "k", "tokens in the vocabulary"},
     {"dim", COUNT, AT(shape.dim), "96", "p", "width of the model"},
     {"layers", COUNT, AT(shape.layers), "3", "p", "layers of the model"},
@@ -5278,11 +5374,11 @@ static const Option option[] = {
     {"rows", COUNT, AT(rows), "4096", "pti", "tokens computed at a time"},
     {"save-every", COUNT, AT(save_every), "500", "pt", "steps per checkpoint"},
     {"limit", COUNT, AT(limit), "0", "e", "N prompts, evenly spaced; 0: all"},
-    {"tokens", COUNT, AT(tokens), "160", "ge", "new tokens at most"},
-    {"temperature", NUMBER, AT(temperature), "0", "ge", "0: likeliest tokens"},
-    {"top-p", SHARE, AT(top_p), "1", "ge", "share of the mass to draw from"},
+    {"tokens", COUNT, AT(tokens), "160", "ger", "new tokens at most"},
+    {"temperature", NUMBER, AT(temperature), "0", "ger", "0: likeliest tokens"},
+    {"top-p", SHARE, AT(top_p), "1", "ger", "share of the mass to draw from"},
     {"show", COUNT, AT(show), "3", "s", "rows to print"},
-    {"threads", COUNT, AT(threads), "0", "xdsktpgejim", "cores; 0: all"}};
+    {"threads", COUNT, AT(threads), "0", "xdsktpgejimr", "cores; 0: all"}};
 enum { OPTIONS = sizeof option / sizeof *option };
 
 /* Sets one option, whose place is within `options`, from text; where says
@@ -5578,6 +5674,63 @@ static void verb_generate(const Options *options) {
   pair_free(&pair);
 }
 
+/* The text of a file, if one is named, else NULL. */
+static char *text_of_file(const char *path) {
+  if (!*path) return NULL;
+  return read_file(path, NULL);
+}
+
+/* Gives a model's own reflections to rows that have none. */
+static void reflect_by_model(const Options *options, TbrExamples *rows,
+                             const char *request) {
+  Pair pair = pair_load(options->model, options->tokenizer);
+  TbrSampling how = sampling_of(options);
+  TbrExamples bare = {0};
+  const char **lead = mem_new(rows->n, sizeof *lead);
+  for (size_t i = 0; i < rows->n; i++) {
+    if (rows->row[i].reflection) continue;
+    lead[bare.n] = tbr_request(request, rows->row[i].prompt);
+    examples_add(&bare, (TbrExample){0});
+  }
+  tbr_reflect(pair.model, pair.tok, &bare, lead, 1, &how);
+  for (size_t i = 0, next = 0; i < rows->n; i++) {
+    if (rows->row[i].reflection) continue;
+    rows->row[i].reflection = bare.row[next].reflection;
+    free((char *)lead[next]);
+    next++;
+  }
+  free(lead);
+  free(bare.row);
+  pair_free(&pair);
+}
+
+static void verb_reflect(const Options *options) {
+  TbrExamples rows = tbr_examples_read(options->argument);
+  char *request = text_of_file(options->ask);
+  if (!request && !*options->answers)
+    tbr_fail("--ask names a request, such as data/rows/reflect.txt");
+  if (file_exists(options->out) && !options->overwrite)
+    tbr_fail("%s: is there already; --overwrite 1 replaces it", options->out);
+  for (size_t i = 0; options->overwrite && i < rows.n; i++) {
+    free(rows.row[i].reflection);
+    rows.row[i].reflection = NULL;
+  }
+  if (*options->batch) {
+    size_t asked =
+        tbr_batch_write(options->out, &rows, request, options->batch);
+    printf("%s: %zu requests\n", options->out, asked);
+  } else {
+    if (*options->answers)
+      tbr_batch_read(options->answers, &rows);
+    else
+      reflect_by_model(options, &rows, request);
+    tbr_examples_write(options->out, &rows, TBR_NATIVE);
+    print_summary(options->out, &rows);
+  }
+  free(request);
+  tbr_examples_free(&rows);
+}
+
 /* Prints refusals and answers by label and type, then those of each label. */
 static void print_results(TbrResults *results) {
   static char *const label[] = {"pseudo-harmful", "harmful", "harmless",
@@ -5617,12 +5770,14 @@ static void verb_eval(const Options *options) {
   TbrResults results = {0};
   Buf tag = {0};
   const char *name = *options->name ? options->name : options->model;
+  char *request = text_of_file(options->ask);
   examples_spread(&prompts, options->limit);
   buf_str(&tag, "\"model\": ");
   json_quote(&tag, name, strlen(name));
   TbrEvaluation how = {.sampling = sampling_of(options),
                        .rule = (TbrRule)options->rule,
                        .tag = tag.s,
+                       .request = request,
                        .label = name,
                        .directory = options->out};
   size_t cut = tbr_evaluate(pair.model, pair.tok, &prompts, &how, &results);
@@ -5632,6 +5787,7 @@ static void verb_eval(const Options *options) {
             "and were cut\n",
             options->prompts, cut, prompts.n);
   print_results(&results);
+  free(request);
   buf_free(&tag);
   free(results.row);
   tbr_examples_free(&prompts);
@@ -5774,6 +5930,7 @@ static const Verb verb[] = {
     {"tokenizer", "k", "", "learns a byte-level BPE from text", verb_tokenizer},
     {"pretrain", "p", "", "trains a new model on text", verb_pretrain},
     {"train", "t", "", "fine-tunes a model on a file of rows", verb_train},
+    {"reflect", "r", "FILE", "gives rows reflections", verb_reflect},
     {"generate", "g", "", "prints what a model says", verb_generate},
     {"eval", "e", "", "answers prompts, judges, counts", verb_eval},
     {"judge", "j", "FILE.csv", "judges completions in a file", verb_judge},

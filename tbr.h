@@ -301,6 +301,7 @@ typedef struct {
   TbrSampling sampling; /* its stop tokens are set here */
   TbrRule rule;
   const char *tag;       /* members that begin each line, in JSON; "": none */
+  const char *request;   /* that a prompt is put into; NULL: none */
   const char *label;     /* of the progress line */
   const char *directory; /* gets completions.jsonl, completions.csv */
   const double *score;   /* of each prompt, written too; NULL: none. What
@@ -319,12 +320,24 @@ void tbr_wilson(size_t k, size_t n, double *low, double *high);
 
 /* ---- reflections by a model (chapter 8) -------------------------------- */
 
+/* A request (fresh): a text with a prompt in place of its {prompt}. */
+char *tbr_request(const char *request, const char *prompt);
+
 /* Replaces the reflection of each row by the model's own (the paper's
- * internal rationales, section 3): what it says behind lead[i], up to the end
- * of the sentence that first says harmful or harmless. */
+ * internal rationales, section 3): what it says behind lead[i], or in a
+ * dialogue in answer to it, up to the end of the sentence that first says
+ * harmful or harmless. */
 void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
-                 TbrExamples *rows, const char *const *lead,
+                 TbrExamples *rows, const char *const *lead, int is_dialogue,
                  const TbrSampling *sampling);
+
+/* Writes a file in the OpenAI Batch form, which asks a model of that name for
+ * the reflections that rows lack; returns how many. Reads the answers into
+ * those rows, names on stderr what is missing, failed or of no row, and
+ * returns how many rows still have none. */
+size_t tbr_batch_write(const char *path, const TbrExamples *rows,
+                       const char *request, const char *model);
+size_t tbr_batch_read(const char *path, TbrExamples *rows);
 
 /* ---- tokenizers (chapter 10) ------------------------------------------- */
 

@@ -38,7 +38,8 @@ typedef enum { OWN, REWORDED, INTERNAL, FILLER, SHUFFLED, LABEL } Style;
 typedef struct {
   Options method;  /* first: an option's place in it is its place here */
   const char *arm; /* its name */
-  const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid, *ordinary;
+  const char *world, *mix, *bridge, *pseudo, *of, *baseline, *grid, *ordinary,
+      *request;
   WorldSizes sizes;
   int by, style;
   int makes_base; /* it is the first that needs its base model */
@@ -73,6 +74,8 @@ static const Option own_option[] = {
     {"pseudo-rows", COUNT, CELL(pseudo_rows), "0", "a", "the first N; 0: none"},
     {"style", WORD, CELL(style), "own", "a",
      "of reflections: own reworded internal filler shuffled label"},
+    {"request", STRING, CELL(request), "", "a",
+     "file that asks for internal reflections; else leads do"},
     {"lead-temperature", NUMBER, CELL(lead_temperature), "1", "a",
      "at which internal ones are drawn"},
     {"noise", SHARE, CELL(noise), "0", "a", "share of wrong verdicts"},
@@ -418,26 +421,36 @@ static char *text_of(const ArmRows *from, size_t i, int which) {
   return text;
 }
 
-/* Replaces the reflections of these rows by the base model's own: what it goes
- * on with behind their leads (internal rationales of the paper, section 3). */
+/* Replaces the reflections of these rows by the base model's own (internal
+ * rationales of the paper, section 3): what it goes on with behind their leads,
+ * or answers to a request. */
 static void reflect_internally(ArmRows *from) {
   const Cell *cell = from->cell;
+  char *request = text_of_file(cell->request);
   TbrExamples plain = {0};
-  const char **lead = mem_new(from->n, sizeof *lead);
+  char **lead = mem_new(from->n, sizeof *lead);
   for (size_t i = 0; i < from->n; i++) {
-    lead[i] = text_of(from, i, TEXT_LEAD);
-    examples_add(&plain, from->rows.row[i].example);
+    const TbrExample *example = &from->rows.row[i].example;
+    if (request)
+      lead[i] = tbr_request(request, example->prompt);
+    else
+      lead[i] = copy_string(text_of(from, i, TEXT_LEAD));
+    examples_add(&plain, *example);
   }
   TbrSampling how = {.temperature = cell->lead_temperature,
                      .top_p = 1,
                      .tokens = 96,
                      .seed = cell->method.seed};
   Pair base = pair_load(cell->method.base, cell->method.tokenizer);
-  tbr_reflect(base.model, base.tok, &plain, lead, &how);
-  for (size_t i = 0; i < from->n; i++)
+  tbr_reflect(base.model, base.tok, &plain, (const char *const *)lead,
+              request != NULL, &how);
+  for (size_t i = 0; i < from->n; i++) {
     from->rows.row[i].example.reflection = plain.row[i].reflection;
+    free(lead[i]);
+  }
   pair_free(&base);
   free(lead);
+  free(request);
   free(plain.row);
 }
 
@@ -802,8 +815,11 @@ static void evaluation_mark(char mark[17], const Cell *cell,
                             TbrExamples *tests) {
   const Options *o = &cell->method;
   Buf said = {0};
+  char *request = text_of_file(o->ask);
   buf_printf(&said, "%.17g %.17g %zu %zu %d %s", o->temperature, o->top_p,
              o->tokens, o->seed, o->rule, cell->arm);
+  if (request) buf_str(&said, request);
+  free(request);
   for (size_t i = 0; i < tests->n; i++) {
     buf_str(&said, "\n{");
     example_members(&said, &tests->row[i], 0);
@@ -910,9 +926,11 @@ static void model_evaluate(const Cell *cell, const TbrExamples *tests,
   json_quote(&tag, cell->arm, strlen(cell->arm));
   buf_printf(&tag, ", \"seed\": %zu", method->seed);
   Pair pair = pair_load(method->model, "");
+  char *request = text_of_file(method->ask);
   Scorer scorer = scorer_new(pair.model, pair.tok, tests->n);
   TbrEvaluation how = {.sampling = sampling_of(method),
                        .score = scorer.score,
+                       .request = request,
                        .rule = (TbrRule)method->rule,
                        .tag = tag.s,
                        .label = cell->arm,
@@ -925,6 +943,7 @@ static void model_evaluate(const Cell *cell, const TbrExamples *tests,
             "tbr: %s: %zu of %zu prompts are longer than the context and were "
             "cut\n",
             method->prompts, cut, tests->n);
+  free(request);
   free(scorer.score);
   free(scorer.is_settled);
   pair_free(&pair);
