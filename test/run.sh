@@ -8,7 +8,7 @@ cd "$(dirname "$0")" || exit 2
 : "${CC:=cc}" "${FLAGS:=-O2 -ffp-contract=off -fno-math-errno}"
 : "${TBR_REAL:=$PWD/../../shared/real}"
 case $TBR_REAL in /*) ;; *) TBR_REAL=$OLDPWD/$TBR_REAL ;; esac
-C_TESTS='math gradient model train judge files data world ablation'
+C_TESTS='math gradient model train judge files data world ablation rows'
 SH_TESTS='digest cli real readme world.sh ablation.sh'
 here=$PWD
 out=$PWD/out
@@ -37,7 +37,7 @@ wanted() { [ -z "$ONLY" ] || case " $ONLY " in *" $1 "*) ;; *) false ;; esac; }
 # The folder of a test: those of the experiment stand beside what they test.
 folder_of() {
   case ${1%.sh} in
-  world | ablation) echo "$here/../data/${1%.sh}" ;;
+  world | ablation | rows) echo "$here/../data/${1%.sh}" ;;
   *) echo "$here" ;;
   esac
 }

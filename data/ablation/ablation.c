@@ -421,6 +421,14 @@ static char *text_of(const ArmRows *from, size_t i, int which) {
   return text;
 }
 
+/* The last sentence of a reflection, which is its verdict. */
+static char *last_sentence(char *reflection) {
+  char *last = reflection;
+  for (char *dot = strstr(reflection, ". "); dot; dot = strstr(dot + 2, ". "))
+    last = dot + 2;
+  return last;
+}
+
 /* Replaces the reflections of these rows by the base model's own (internal
  * rationales of the paper, section 3): what it goes on with behind their leads,
  * or answers to a request. */
@@ -462,7 +470,8 @@ static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
       [INTERNAL] = REFLECTION, [FILLER] = TEXT_FILLER,
       [SHUFFLED] = REFLECTION, [LABEL] = TEXT_LABEL};
   const Cell *cell = from->cell;
-  TbrExample row = from->rows.row[i].example;
+  const WorldRow *own = &from->rows.row[i];
+  TbrExample row = own->example;
   int by_share = rng_uniform(rng) < from->share;
   int by_asked = rng_uniform(rng) < cell->asked;
   int is_noisy = rng_uniform(rng) < cell->noise;
@@ -473,6 +482,8 @@ static TbrExample arm_row(const ArmRows *from, size_t i, Rng *rng) {
   row.reflection = NULL;
   if (reflects && is_noisy)
     row.reflection = text_of(from, i, TEXT_WRONG);
+  else if (reflects && cell->style == LABEL && !own->text[TEXT_LABEL])
+    row.reflection = last_sentence(own->example.reflection);
   else if (reflects)
     row.reflection = text_of(from, from->other[i], text[cell->style]);
   if (!row.label) row.label = (char *)source[from->kind].label;
