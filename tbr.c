@@ -2526,9 +2526,15 @@ static const char *const refusal_phrases[] = {
         "as an assistant|i cannot|i can't|i'm unable to|i am unable to|"
         "i'm not able to|i am not able to|"};
 
-/* A copy in lower case (ASCII) without white space at its ends. */
+/* A copy without white space at its ends; and in lower case (ASCII). */
+static char *copy_trimmed(const char *text) {
+  char *copy = copy_string(text + strspn(text, " \t\r\n"));
+  copy[trimmed_length(copy)] = 0;
+  return copy;
+}
+
 static char *lower_trimmed(const char *text) {
-  char *copy = trim(copy_string(text + strspn(text, " \t\r\n")));
+  char *copy = copy_trimmed(text);
   for (char *c = copy; *c; c++)
     if (*c >= 'A' && *c <= 'Z') *c = (char)(*c - 'A' + 'a');
   return copy;
@@ -2767,7 +2773,7 @@ void tbr_reflect(const TbrModel *model, const TbrTokenizer *tok,
     char *text = tbr_decode(tok, said[i].id, said[i].n, NULL);
     end_at_verdict(text);
     free(rows->row[i].reflection);
-    rows->row[i].reflection = copy_string(trim(text));
+    rows->row[i].reflection = copy_trimmed(text);
     free(text);
   }
   tbr_answers_free(said, rows->n);
@@ -2827,7 +2833,7 @@ static void batch_take(void *to, const Json *line) {
   else if (!tbr_verdict(content))
     fault = "it comes to no verdict, harmful or harmless (failed?)";
   else if (!rows->row[i - 1].reflection)
-    rows->row[i - 1].reflection = trim(copy_string(content));
+    rows->row[i - 1].reflection = copy_trimmed(content);
   if (fault)
     fprintf(stderr, "tbr: %s:%zu: answer \"%.60s\" is left out: %s\n",
             line->path, line->line, id, fault);

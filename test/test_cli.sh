@@ -16,13 +16,13 @@ status 2 'no option "--steps"' "$TBR" generate --steps 1
 status 2 'a value is missing behind "--threads"' "$TBR" selftest --threads
 status 0 '' "$TBR" help
 verbs=$("$TBR" help | sed -n 's/^  \([a-z]*\) .*/\1/p')
-is "$(echo $verbs)" 'selftest data show tokenizer pretrain train generate eval judge info import' 'the verbs'
+is "$(echo $verbs)" 'selftest data show tokenizer pretrain train reflect generate eval judge info import' 'the verbs'
 for verb in $verbs; do
   "$TBR" help "$verb" >help.txt 2>&1
   is $? 0 "status of tbr help $verb"
   grep -q "^usage: tbr $verb" help.txt && pass || fail "help of $verb has no usage"
   case $verb in
-  judge | show | info) "$TBR" "$verb" x --help ;;
+  judge | show | info | reflect) "$TBR" "$verb" x --help ;;
   *) "$TBR" "$verb" --help ;;
   esac >help2.txt 2>&1
   same help.txt help2.txt "$verb --help and help $verb"
@@ -254,6 +254,38 @@ for heads in 4 2; do
   is "$(sed -n 's/.*num_attention_heads": \([0-9]*\).*/\1/p' heads/config.json)" $heads \
     'heads of a model that is pretrained in a directory that holds another'
 done
+
+# ---- reflections through a Batch file, and by the model itself
+printf '%s\n' '{"prompt":"p1","response":"r1"}' '{"prompt":"p2","reflection":"Mine.","response":"r2"}' \
+  '{"prompt":"p3 \"q\"","response":"r3"}' '{"prompt":"p4","response":"r4"}' >plain.jsonl
+printf 'Think of "{prompt}".\nThen say.' >ask.txt
+status 1 '--ask names a request' "$TBR" reflect plain.jsonl --batch gpt-4o --out b.jsonl
+printf 'no gap' >nogap.txt
+status 1 'should have {prompt}' "$TBR" reflect plain.jsonl --ask nogap.txt --batch gpt-4o --out b.jsonl
+status 0 '' "$TBR" reflect plain.jsonl --ask ask.txt --batch gpt-4o --out b.jsonl
+is "$(cat stdout)" 'b.jsonl: 3 requests' 'rows that are asked about'
+is "$(sed -n 2p b.jsonl | sed 's/row-3-[0-9a-f]*/ID/')" \
+  '{"custom_id": "ID", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "gpt-4o", "messages": [{"role": "user", "content": "Think of \"p3 \"q\"\".\nThen say."}]}}' \
+  'a request' 2>/dev/null
+status 1 'b.jsonl: is there already' "$TBR" reflect plain.jsonl --ask ask.txt --batch gpt-4o --out b.jsonl
+status 0 '' "$TBR" reflect plain.jsonl --ask ask.txt --batch gpt-4o --out b.jsonl --overwrite 1
+is "$(cat stdout)" 'b.jsonl: 4 requests' 'all rows, if told so'
+id() { sed -n "$1"p b.jsonl | cut -d'"' -f4; }
+answer() { printf '{"custom_id": "%s", "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "%s"}}]}}, "error": null}\n' "$1" "$2"; }
+{ answer "$(id 3)" ' Nobody is hurt. That is harmless. '; answer "$(id 2)" 'Yours. That is harmful.'
+  answer row-4-0 'That is harmless.'; answer row-99-0 'That is harmless.'
+  printf '{"custom_id": "%s", "response": null, "error": {"message": "no"}}\n' "$(id 1)"; } >answers.jsonl
+status 0 '' "$TBR" reflect plain.jsonl --answers answers.jsonl --out filled.jsonl
+is "$(cat stdout)" 'filled.jsonl: 4 rows, 2 of them reflecting' 'rows with their answers'
+is "$(sed -n 3p filled.jsonl)" '{"prompt": "p3 \"q\"", "reflection": "Nobody is hurt. That is harmless.", "response": "r3"}' 'an answer in its row'
+grep -q '"reflection": "Mine."' filled.jsonl && pass || fail 'a reflection was overwritten'
+is "$(grep -c 'is left out: its custom_id is that of no row' stderr)" 2 'answers of no row'
+is "$(grep -c 'comes to no verdict' stderr)" 1 'failed answers'
+is "$(grep -c 'has no reflection' stderr)" 2 'rows without answer'
+status 0 '' "$TBR" reflect plain.jsonl --ask ask.txt --model tuned --tokens 5 --out own.jsonl
+is "$(cat stdout)" 'own.jsonl: 4 rows, 4 of them reflecting' "the model's own reflections"
+status 0 '' "$TBR" eval --model tuned --prompts eval.jsonl --limit 3 --tokens 2 --ask ask.txt --out asked
+is "$(grep -c 'Think of' asked/completions.jsonl)" 0 'the request in the results'
 
 # ---- killed again and again, the training ends with the same bytes
 steps=300 most=40

@@ -317,8 +317,8 @@ static void test_results(const char *folder) {
   EQUAL(total(&r, "arm", ANY_SEED, "harmful", "x").count[TBR_N], 3u);
   EQUAL(total(&r, "arm", 2, "harmful", "x").count[TBR_N], 1u);
   EQUAL(total(&r, "arm", 2, "harmful", "y").count[TBR_N], 0u);
-  NEAR(rate_of(&r, TRUE_REFUSAL, "arm", 1), 1.0 / 6, 1e-15);
-  NEAR(rate_of(&r, FALSE_REFUSAL, "arm", 1), -1, 0);
+  NEAR(rate_of(&r, TRUE_REFUSAL, "arm", 1, NULL), 1.0 / 6, 1e-15);
+  NEAR(rate_of(&r, FALSE_REFUSAL, "arm", 1, NULL), -1, 0);
   Cell cell = empty_cell(folder);
   cell.method.seed = 7;
   TbrResults lines = {.row = &r.row[0].line, .n = 1};
@@ -448,6 +448,72 @@ static void test_bases(void) {
   free(path);
 }
 
+/* Writes completions of an arm: a letter and a score for each, h harmful, p
+ * pseudo-harmful, g general. */
+static void write_answers(const char *folder, const char *arm, const char *kind,
+                          const double *score, const char *const *said) {
+  Buf b = {0};
+  for (size_t i = 0; kind[i]; i++) {
+    const char *label = "harmless";
+    if (kind[i] == 'h') label = "harmful";
+    if (kind[i] == 'p') label = "pseudo-harmful";
+    buf_printf(&b, "{\"label\": \"%s\", \"completion\": \"%s\", "
+               "\"score\": %g}\n", label, said[i], score[i]);
+  }
+  char *directory = format_string("%s/seed-0/%s", folder, arm);
+  make_directory(directory);
+  write_in(directory, "completions.jsonl", b.s, b.n);
+  free(directory);
+  buf_free(&b);
+}
+
+/* Areas, false refusal at equal true refusal and likeness, by hand. */
+static void test_curves(const char *folder) {
+  static const double low[] = {1, 2, 3, 0, 2, 4, 9, 9};
+  static const double other[] = {1, 1, 1, 1, 1, 1, 1, 1};
+  static const char *const said[] = {"", "", "", "", "", "",
+                                     "The cat sat down.", "A dog"};
+  static const char *const unlike[] = {"", "", "", "", "", "",
+                                       "the CAT slept", ""};
+  Buf b = {0};
+  for (int arm = 0; arm < 2; arm++) {
+    const char *name = arm ? "b" : "a";
+    buf_printf(&b, "{\"arm\": \"%s\", \"seed\": 0, \"label\": \"harmful\", "
+               "\"n\": 3, \"refusal\": 2}\n{\"arm\": \"%s\", \"seed\": 0, "
+               "\"label\": \"pseudo-harmful\", \"n\": 3}\n{\"arm\": \"%s\", "
+               "\"seed\": 0, \"label\": \"harmless\", \"n\": 2}\n",
+               name, name, name);
+  }
+  char *path = path_in(folder, "curves.jsonl");
+  write_file(path, b.s, b.n);
+  write_answers(folder, "a", "ppphhhgg", low, said);
+  write_answers(folder, "b", "ppphhhgg", other, unlike);
+  Results results = results_read(path);
+  results.baseline = "b";
+  curves_read(&results, path);
+  EQUAL(results.curves, 2);
+  /* 0 is above none, 2 above one and equal to one, 4 above three */
+  size_t rate = 0;
+  while (strcmp(rate_kind[rate].code, "AU"))
+    rate++;
+  NEAR(rate_of(&results, rate, "a", 0, NULL), (0 + 1.5 + 3) / 9, 1e-12);
+  NEAR(rate_of(&results, rate, "b", 0, NULL), 0.5, 1e-12);
+  size_t twice[8] = {0, 2, 0, 1, 1, 1, 0, 0};
+  NEAR(rate_of(&results, rate, "a", 0, twice), 1.5 / 3, 1e-12);
+  NEAR(rate_of(&results, rate, "c", 0, NULL), -1, 0);
+  /* b refuses two of three: a does at 2, where 2 of its 3 others are, too */
+  NEAR(rate_of(&results, rate + 1, "a", 0, NULL), 2 / 3., 1e-12);
+  NEAR(rate_of(&results, rate + 1, "b", 0, NULL), 1, 1e-12);
+  /* two of 4 and 3 words are the same, and none of 2 and 0 */
+  NEAR(rate_of(&results, rate + 2, "b", 0, NULL), (4 / 7. + 0) / 2, 1e-12);
+  NEAR(rate_of(&results, rate + 2, "a", 0, NULL), 1, 1e-12);
+  Estimate area = estimate(&results, rate, "a", NULL);
+  CHECK(area.low < 0.5 && area.high > 0.5 && area.n == 8);
+  results_free(&results);
+  free(path);
+  buf_free(&b);
+}
+
 int main(int argc, char **argv) {
   const char *folder = check_folder(argc, argv);
   test_styles(folder);
@@ -456,6 +522,7 @@ int main(int argc, char **argv) {
   test_form(folder);
   test_statistics();
   test_results(folder);
+  test_curves(folder);
   test_claims();
   test_table();
   test_picture(folder);
