@@ -505,8 +505,9 @@ static ArmRows arm_rows_read(Cell *cell, Kind kind, Rng *rng) {
   free(order);
   from.n = all;
   if (limit) from.n = smaller(limit, all);
+  /* What only looks harmful reflects as harmful rows do. */
   from.share = reflecting_share((TbrReflecting)cell->method.reflection,
-                                cell->method.share, kind == SAFETY);
+                                cell->method.share, kind != GENERAL);
   if (kind == BRIDGE) from.share = 1;
 
   int may_reflect = from.share > 0 || (kind == GENERAL && cell->asked > 0);
