@@ -174,7 +174,7 @@ static real dot(const real *a, const real *b, size_t n);
 typedef struct {
   uint64_t state;
 } Rng;
-enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS };
+enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS, FOR_LORA };
 static Rng rng_stream(uint64_t seed, uint64_t purpose, uint64_t index);
 
 /* Uniform in [0, 1), all 53 bits; uniform in 0 .. n-1, without bias, n > 0;
@@ -203,31 +203,46 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 enum { KC = TBR_KC, MC = TBR_MC, NC = TBR_NC, NR = 16 /* panel's columns */ };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
+/* How numbers lie in a file; in memory either as real or in such 16 bits. */
+typedef enum { F32, F16, BF16, ST_TYPES } StType;
+
 /* A matrix: element (i, j) is at[i * row_stride + j * column_stride], so that a
  * transpose is the same memory with the strides exchanged. Packed, it lies in
  * panels of NR columns, each in the order [i][j % NR] in which products read B:
- * then row_stride leads from one panel to the next, and column_stride is 0. */
+ * then row_stride leads from one panel to the next, and column_stride is 0.
+ * One of 16 bits is in `half` instead; only a B may be. */
 typedef struct {
   const real *at;
   size_t row_stride, column_stride;
+  const uint16_t *half;
+  StType type;
 } Mat;
 
 /* The matrix whose rows, of numbers side by side, are `stride` apart; its
  * transpose; and a packed one, whose panels are `stride` apart. */
-static Mat mat(const real *at, size_t stride) { return (Mat){at, stride, 1}; }
+static Mat mat(const real *at, size_t stride) {
+  return (Mat){.at = at, .row_stride = stride, .column_stride = 1};
+}
 static Mat transposed(const real *at, size_t stride) {
-  return (Mat){at, 1, stride};
+  return (Mat){.at = at, .row_stride = 1, .column_stride = stride};
 }
 static Mat packed_mat(const real *at, size_t stride) {
-  return (Mat){at, stride, 0};
+  return (Mat){.at = at, .row_stride = stride, .column_stride = 0};
 }
 static inline int is_packed(Mat m) { return m.column_stride == 0; }
+
+/* Copies n numbers of row i (or of column i, if numbers of columns lie side by
+ * side), widened. */
+static void mat_line(real *to, Mat m, size_t i, size_t n);
 
 /* What begins at a row and a column (where packed, one divisible by NR). */
 static inline Mat part_from(Mat whole, size_t row, size_t column) {
   size_t ahead = row * whole.row_stride + column * whole.column_stride;
   if (is_packed(whole)) ahead = column / NR * whole.row_stride + row * NR;
-  whole.at += ahead;
+  if (whole.half)
+    whole.half += ahead;
+  else
+    whole.at += ahead;
   return whole;
 }
 
@@ -317,7 +332,6 @@ static void csv_quote(Buf *out, const char *cell);
 
 /* The number that n bytes stand for, the lowest first. Reads n numbers of a
  * type; returns where they end. */
-typedef enum { F32, F16, BF16, ST_TYPES } StType;
 static uint64_t little_endian(const char *bytes, size_t n);
 static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
@@ -4246,25 +4260,45 @@ static void transpose_square(real *to, const real *from, size_t stride) {
   interleave(to, odd);
 }
 
-static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
-  for (size_t column = 0; column < columns; column += NR) {
-    real *panel = to + column * rows;
-    Mat from = part_from(b, 0, column);
-    size_t width = smaller(NR, columns - column), i = 0;
-    if (width < NR)
-      memset(panel, 0, rows * NR * sizeof *to);
-    else if (b.row_stride == 1)
-      for (; i + NR <= rows; i += NR)
-        transpose_square(panel + i * NR, from.at + i, b.column_stride);
-    for (; i < rows; i++) {
-      const real *row = from.at + i * b.row_stride;
-      if (width == NR && b.column_stride == 1)
-        memcpy(panel + i * NR, row, NR * sizeof *to);
-      else
-        for (size_t j = 0; j < width; j++)
-          panel[i * NR + j] = row[j * b.column_stride];
-    }
+static void mat_line(real *to, Mat m, size_t i, size_t n) {
+  size_t from = i * (m.row_stride == 1 ? m.column_stride : m.row_stride);
+  if (!m.half) memcpy(to, m.at + from, n * sizeof *to);
+  for (size_t j = 0; m.half && j < n; j++) {
+    uint32_t bits = m.half[from + j];
+    to[j] = m.type == F16 ? half_float(bits) : bits_float(bits << 16);
   }
+}
+
+/* Packs b (rows,columns), both at most NR, as part of a panel. */
+static void pack_square(real *to, Mat b, size_t rows, size_t columns) {
+  real wide[NR * NR];
+  int across = b.row_stride == 1; /* numbers of columns lie side by side */
+  if (b.half) {
+    size_t lines = across ? columns : rows, length = across ? rows : columns;
+    for (size_t i = 0; i < lines; i++)
+      mat_line(wide + i * NR, b, i, length);
+    b = across ? transposed(wide, NR) : mat(wide, NR);
+  }
+  if (columns < NR) memset(to, 0, rows * NR * sizeof *to);
+  if (across && rows == NR && columns == NR) {
+    transpose_square(to, b.at, b.column_stride);
+    return;
+  }
+  for (size_t i = 0; i < rows; i++) {
+    const real *row = b.at + i * b.row_stride;
+    if (columns == NR && b.column_stride == 1)
+      memcpy(to + i * NR, row, NR * sizeof *to);
+    else
+      for (size_t j = 0; j < columns; j++)
+        to[i * NR + j] = row[j * b.column_stride];
+  }
+}
+
+static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
+  for (size_t j = 0; j < columns; j += NR)
+    for (size_t i = 0; i < rows; i += NR)
+      pack_square(to + j * rows + i * NR, part_from(b, i, j),
+                  smaller(NR, rows - i), smaller(NR, columns - j));
   return packed_mat(to, rows * NR);
 }
 
