@@ -344,6 +344,10 @@ typedef struct {
 static SafeTensors *st_open(const char *path);
 static void st_close(SafeTensors *st);
 
+/* The type of a tensor that is there; the numbers of one of 16 bits. */
+static StType st_type(const SafeTensors *st, const char *name);
+static void st_halves(const SafeTensors *st, const char *name, uint16_t *to);
+
 /* The numbers of tensors, whose names in a file begin with prefix. */
 typedef struct {
   const char *prefix;
@@ -761,36 +765,90 @@ typedef struct {
   Span *spans;
 } Batch;
 
-/* y (rows,out) = x (rows,in) W^T (in,out) */
-static void linear_forward(real *y, const real *x, Mat wt, size_t rows,
-                           size_t in, size_t out) {
-  gemm(rows, out, in, mat(x, in), wt, 0, y, out);
+/* Low-rank matrices A (rank,in) and B (width,rank) beside a part of W, whose
+ * outputs begin at `from`; their gradients. */
+typedef struct {
+  real *a, *b, *da, *db;
+  size_t from, width;
+} Adapter;
+
+/* A weight matrix W (out,in) with W^T, in generation a packed copy, and its
+ * gradient; where that is NULL, W is frozen, and parts of it may have adapters,
+ * which add scale x A^T B^T to their outputs (LoRA: Hu et al., 2021). */
+enum { PARTS = 3 };
+typedef struct {
+  Mat w, wt;
+  real *dw, scale;
+  size_t in, out, rank, parts;
+  Adapter part[PARTS];
+} Linear;
+
+/* scale x (rows,n) m (n,rank), in fresh memory (rows,rank) */
+static real *low_rank(const Linear *l, Mat x, Mat m, size_t rows, size_t n) {
+  real *low = mem_raw(rows, l->rank * sizeof *low);
+  gemm(rows, l->rank, n, x, m, 0, low, l->rank);
+  for (size_t i = 0; i < rows * l->rank; i++)
+    low[i] *= l->scale;
+  return low;
+}
+
+/* y (rows,out) = x (rows,in) W^T (in,out), or += if `add` */
+static void linear_forward(real *y, const real *x, const Linear *l, size_t rows,
+                           int add) {
+  size_t in = l->in, out = l->out, rank = l->rank;
+  gemm(rows, out, in, mat(x, in), l->wt, add, y, out);
+  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
+    real *low = low_rank(l, mat(x, in), transposed(part->a, in), rows, in);
+    gemm(rows, part->width, rank, mat(low, rank), transposed(part->b, rank), 1,
+         y + part->from, out);
+    free(low);
+  }
 }
 
 /* y (rows,out) = residual (rows,out) + x (rows,in) W^T (in,out) */
 static void linear_residual(real *y, const real *residual, const real *x,
-                            Mat wt, size_t rows, size_t in, size_t out) {
-  memcpy(y, residual, rows * out * sizeof *y);
-  gemm(rows, out, in, mat(x, in), wt, 1, y, out);
+                            const Linear *l, size_t rows) {
+  memcpy(y, residual, rows * l->out * sizeof *y);
+  linear_forward(y, x, l, rows, 1);
 }
 
 /* dx (rows,in) = dy (rows,out) W (out,in) */
-static void linear_backward(real *dx, const real *dy, const real *w,
-                            size_t rows, size_t in, size_t out) {
-  gemm(rows, in, out, mat(dy, out), mat(w, in), 0, dx, in);
+static void linear_backward(real *dx, const real *dy, const Linear *l,
+                            size_t rows) {
+  size_t in = l->in, out = l->out, rank = l->rank;
+  gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
+  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
+    Mat dy_part = mat(dy + part->from, out);
+    real *dlow = low_rank(l, dy_part, mat(part->b, rank), rows, part->width);
+    gemm(rows, in, rank, mat(dlow, rank), mat(part->a, in), 1, dx, in);
+    free(dlow);
+  }
 }
 
-/* dW (out,in) += dy^T (out,rows) x (rows,in) */
-static void linear_gradient(real *dw, const real *dy, const real *x,
-                            size_t rows, size_t in, size_t out) {
-  gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
+/* dW (out,in) += dy^T (out,rows) x (rows,in), or that of the adapters:
+ * dB (width,rank) += dy^T low, dA (rank,in) += dlow^T x */
+static void linear_gradient(const Linear *l, const real *dy, const real *x,
+                            size_t rows) {
+  size_t in = l->in, out = l->out, rank = l->rank;
+  if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
+  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
+    const real *dy_part = dy + part->from;
+    size_t width = part->width;
+    real *low = low_rank(l, mat(x, in), transposed(part->a, in), rows, in);
+    real *dlow = low_rank(l, mat(dy_part, out), mat(part->b, rank), rows, width);
+    gemm(width, rank, rows, transposed(dy_part, out), mat(low, rank), 1,
+         part->db, rank);
+    gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1, part->da, in);
+    free(low);
+    free(dlow);
+  }
 }
 
 /* x (rows,dim) = the rows of table (vocab,dim) that ids name */
-static void embedding_forward(real *x, const real *table, const int32_t *ids,
+static void embedding_forward(real *x, Mat table, const int32_t *ids,
                               size_t rows, size_t dim) {
   for (size_t r = 0; r < rows; r++)
-    memcpy(x + r * dim, table + (size_t)ids[r] * dim, dim * sizeof *x);
+    mat_line(x + r * dim, table, (size_t)ids[r], dim);
 }
 
 /* dtable[ids[r]] += dx[r], in order: threads share out columns. */
@@ -820,8 +878,8 @@ static void rmsnorm_forward(real *y, real *rstd, const real *x, const real *w,
   }
 }
 
-/* dx += rstd (dy w - x rstd^2 mean(dy w x)); dw += the sum over rows of
- * dy x rstd, in order: threads share out columns. scratch (rows,dim). */
+/* dx += rstd (dy w - x rstd^2 mean(dy w x)); dw, unless NULL, += the sum over
+ * rows of dy x rstd, in order: threads share out columns. scratch (rows,dim). */
 static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
                              const real *rstd, const real *w, size_t rows,
                              size_t dim, real *scratch) {
@@ -838,6 +896,7 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
     for (size_t j = 0; j < dim; j++)
       dxr[j] += factor * (dyw[j] - xr[j] * mean);
   }
+  if (!dw) return;
 #pragma omp parallel for num_threads(threads())
   for (size_t from = 0; from < dim; from += NR) {
     size_t end = smaller(from + NR, dim);
@@ -1144,9 +1203,20 @@ TbrModel *tbr_model_new(const TbrConfig *config) {
 
 void tbr_model_free(TbrModel *model) {
   if (!model) return;
+  tbr_model_free(model->adapter);
   free(model->tensor);
   free(model->param);
+  free(model->half);
   free(model);
+}
+
+/* What of a model is trained: its adapter, if it has one; and the file of it. */
+static const TbrModel *trained(const TbrModel *model) {
+  return model->adapter ? model->adapter : model;
+}
+static const char adapter_file[] = "adapter_model.safetensors";
+static const char *weights_file(const TbrModel *model) {
+  return model->adapter ? adapter_file : "model.safetensors";
 }
 
 /* What a layer adds to the residual stream begins small. */
@@ -1168,40 +1238,91 @@ void tbr_model_init(TbrModel *model, uint64_t seed) {
   }
 }
 
-/* Where the parts of a layer are in a block of parameters or of gradients; W^T
- * of its four products are views of them, in generation packed copies. */
+/* The matrix of a tensor. Where matrices have 16 bits, param holds only what
+ * has one row, and `at` counts both kinds alone. */
+static Mat mat_at(const TbrModel *model, size_t tensor) {
+  const TbrTensor *t = &model->tensor[tensor];
+  if (!model->half || t->rows == 1)
+    return mat(model->param + t->at, t->columns);
+  return (Mat){.row_stride = t->columns,
+               .column_stride = 1,
+               .half = model->half + t->at,
+               .type = (StType)model->half_type};
+}
+
+/* Where the gradient of a tensor is; NULL: it is frozen, or none is wanted. */
+static real *grad_at(const TbrModel *model, real *grad, size_t tensor) {
+  if (!grad || model->adapter) return NULL;
+  return grad + model->tensor[tensor].at;
+}
+
+/* tbr_digest of all parameters. */
+static uint64_t model_digest(const TbrModel *model) {
+  uint64_t hash = 0;
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    real *row = mem_raw(tensor->columns, sizeof *row);
+    for (size_t r = 0; r < tensor->rows; r++) {
+      mat_line(row, mat_at(model, i), r, tensor->columns);
+      hash = tbr_digest(hash, row, tensor->columns);
+    }
+    free(row);
+  }
+  return hash;
+}
+
+/* n matrices that are neighbours, the first of them tensor `first`, as one. */
+static Linear linear_at(const TbrModel *model, real *grad, size_t first,
+                        size_t n) {
+  const TbrTensor *tensor = &model->tensor[first];
+  const TbrModel *adapter = model->adapter;
+  Linear l = {.in = tensor->columns, .rank = model->lora.rank};
+  l.w = l.wt = mat_at(model, first);
+  l.wt.row_stride = 1;
+  l.wt.column_stride = l.in;
+  l.dw = grad_at(model, grad, first);
+  l.scale = (real)(model->lora.alpha / (double)larger(l.rank, 1));
+  for (size_t i = 0; i < n; i++) {
+    size_t from = l.out;
+    l.out += tensor[i].rows;
+    if (!tensor[i].lora) continue;
+    const TbrTensor *a = &adapter->tensor[tensor[i].lora - 1], *b = a + 1;
+    Adapter *part = &l.part[l.parts++];
+    *part = (Adapter){.from = from, .width = tensor[i].rows};
+    part->a = adapter->param + a->at;
+    part->b = adapter->param + b->at;
+    if (grad) part->da = grad + a->at;
+    if (grad) part->db = grad + b->at;
+  }
+  return l;
+}
+
+/* The parts of a layer, with their gradients in the block grad, or NULL. */
 typedef struct {
-  real *norm1, *qkv, *out, *norm2, *gate_up, *down;
-  Mat qkv_t, out_t, gate_up_t, down_t;
+  real *norm1, *norm2, *dnorm1, *dnorm2;
+  Linear qkv, out, gate_up, down;
 } Layer;
 
-static Layer layer_at(const TbrConfig *config, real *block, size_t layer) {
-  size_t dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
-  size_t size = dim * (2 + qkv + q + 3 * hidden);
-  Layer w;
-  w.norm1 = block + config->vocab * dim + layer * size;
-  w.qkv = w.norm1 + dim;
-  w.out = w.qkv + qkv * dim;
-  w.norm2 = w.out + dim * q;
-  w.gate_up = w.norm2 + dim;
-  w.down = w.gate_up + 2 * hidden * dim;
-  w.qkv_t = transposed(w.qkv, dim);
-  w.out_t = transposed(w.out, q);
-  w.gate_up_t = transposed(w.gate_up, dim);
-  w.down_t = transposed(w.down, hidden);
-  return w;
+static Layer layer_at(const TbrModel *model, real *grad, size_t layer) {
+  size_t first = 1 + layer * LAYER_TENSORS;
+  return (Layer){.norm1 = model->param + model->tensor[first].at,
+                 .norm2 = model->param + model->tensor[first + 5].at,
+                 .dnorm1 = grad_at(model, grad, first),
+                 .dnorm2 = grad_at(model, grad, first + 5),
+                 .qkv = linear_at(model, grad, first + 1, 3),
+                 .out = linear_at(model, grad, first + 4, 1),
+                 .gate_up = linear_at(model, grad, first + 6, 2),
+                 .down = linear_at(model, grad, first + 8, 1)};
 }
 
-/* The gains (dim) of the last RMSNorm, which lie behind the last layer. */
-static real *final_norm(const TbrConfig *config, real *block) {
-  return layer_at(config, block, config->layers).norm1;
+/* The number of the gains of the last RMSNorm; the classifier (vocab,dim): the
+ * embedding itself where they are tied. */
+static size_t final_norm(const TbrModel *model) {
+  return 1 + model->config.layers * LAYER_TENSORS;
 }
-
-/* The classifier (vocab,dim): the embedding itself where they are tied. */
-static real *classifier(const TbrConfig *config, real *block) {
-  if (config->tied) return block;
-  return final_norm(config, block) + config->dim;
+static Linear classifier(const TbrModel *model, real *grad) {
+  size_t last = model->n_tensors - 1;
+  return linear_at(model, grad, model->config.tied ? 0 : last, 1);
 }
 
 /* The same model with a larger vocabulary; frees the old one. A new token is
@@ -1451,26 +1572,26 @@ static void attend_backward(const TbrConfig *config, real *dqkv,
 static void layer_forward(const TbrConfig *config, const Layer *w,
                           TbrActs *acts, size_t layer, const Batch *batch,
                           const Cache *cache) {
-  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
+  size_t rows = batch->rows, dim = config->dim;
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   /* qkv (rows,qkv) = rope(RMSNorm(residual) (rows,dim) W_qkv^T (dim,qkv)) */
-  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
-  linear_forward(a.qkv, acts->normed, w->qkv_t, rows, dim, qkv);
-  rope(a.qkv, qkv, config->heads + config->kv_heads, config->head_dim, batch,
-       acts->cosines, acts->sines, 1);
+  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim,
+                  eps);
+  linear_forward(a.qkv, acts->normed, &w->qkv, rows, 0);
+  rope(a.qkv, w->qkv.out, config->heads + config->kv_heads, config->head_dim,
+       batch, acts->cosines, acts->sines, 1);
   /* attended (rows,q) = attention(qkv) */
   if (cache) cache_store(cache, config, layer, a.qkv, batch);
   attend_forward(config, a.attended, a.qkv, layer, batch, cache);
   /* middle (rows,dim) = residual + attended (rows,q) W_out^T (q,dim) */
-  linear_residual(a.middle, a.residual, a.attended, w->out_t, rows, q, dim);
+  linear_residual(a.middle, a.residual, a.attended, &w->out, rows);
   /* gate_up (rows,2 hidden) = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_forward(a.gate_up, acts->normed, w->gate_up_t, rows, dim, 2 * hidden);
+  linear_forward(a.gate_up, acts->normed, &w->gate_up, rows, 0);
   /* out (rows,dim) = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  swiglu_forward(acts->hidden, a.gate_up, rows, hidden);
-  linear_residual(a.out, a.middle, acts->hidden, w->down_t, rows, hidden, dim);
+  swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
+  linear_residual(a.out, a.middle, acts->hidden, &w->down, rows);
 }
 
 /* The steps of layer_forward from the last to the first: takes dresidual from
@@ -1478,10 +1599,8 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
  * What RMSNorm and SwiGLU gave is computed once more. Behind a residual sum
  * the gradient goes on both ways: through the weights, and as it is. */
 static void layer_backward(const TbrConfig *config, const Layer *w,
-                           const Layer *grad, TbrActs *acts, size_t layer,
-                           const Batch *batch) {
-  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
+                           TbrActs *acts, size_t layer, const Batch *batch) {
+  size_t rows = batch->rows, dim = config->dim, qkv = w->qkv.out;
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   real *dresidual = acts->dresidual;
@@ -1490,30 +1609,30 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   real *dnormed = acts->dshared;   /* (rows,dim) */
   real *dattended = acts->dshared; /* (rows,q) */
   /* out = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  linear_backward(dhidden, dresidual, w->down, rows, hidden, dim);
+  linear_backward(dhidden, dresidual, &w->down, rows);
   swiglu_backward(acts->dgate_up, acts->hidden, dhidden, a.gate_up, rows,
-                  hidden);
-  linear_gradient(grad->down, dresidual, acts->hidden, rows, hidden, dim);
+                  config->hidden);
+  linear_gradient(&w->down, dresidual, acts->hidden, rows);
   /* gate_up = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_backward(dnormed, acts->dgate_up, w->gate_up, rows, dim, 2 * hidden);
-  linear_gradient(grad->gate_up, acts->dgate_up, acts->normed, rows, dim,
-                  2 * hidden);
-  rmsnorm_backward(dresidual, grad->norm2, dnormed, a.middle, a.rstd2, w->norm2,
-                   rows, dim, acts->normed);
+  linear_backward(dnormed, acts->dgate_up, &w->gate_up, rows);
+  linear_gradient(&w->gate_up, acts->dgate_up, acts->normed, rows);
+  rmsnorm_backward(dresidual, w->dnorm2, dnormed, a.middle, a.rstd2,
+                   w->norm2, rows, dim, acts->normed);
   /* middle = residual + attended W_out^T (q,dim) */
-  linear_backward(dattended, dresidual, w->out, rows, q, dim);
-  linear_gradient(grad->out, dresidual, a.attended, rows, q, dim);
+  linear_backward(dattended, dresidual, &w->out, rows);
+  linear_gradient(&w->out, dresidual, a.attended, rows);
   /* attended = attention(qkv) */
   memset(acts->dqkv, 0, rows * qkv * sizeof(real));
   attend_backward(config, acts->dqkv, dattended, a.qkv, batch);
   /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv)) */
   rope(acts->dqkv, qkv, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, -1);
-  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
-  linear_backward(dnormed, acts->dqkv, w->qkv, rows, dim, qkv);
-  linear_gradient(grad->qkv, acts->dqkv, acts->normed, rows, dim, qkv);
-  rmsnorm_backward(dresidual, grad->norm1, dnormed, a.residual, a.rstd1,
+  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim,
+                  eps);
+  linear_backward(dnormed, acts->dqkv, &w->qkv, rows);
+  linear_gradient(&w->qkv, acts->dqkv, acts->normed, rows);
+  rmsnorm_backward(dresidual, w->dnorm1, dnormed, a.residual, a.rstd1,
                    w->norm1, rows, dim, acts->normed);
 }
 
@@ -1558,8 +1677,10 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
   const TbrConfig *config = &model->config;
   size_t dim = config->dim, vocab = config->vocab;
   size_t tokens = sequences->tokens, wide = LOSS_ROWS * dim;
-  const real *norm = final_norm(config, model->param);
-  const real *w = classifier(config, model->param);
+  size_t last_norm = final_norm(model);
+  const real *norm = model->param + model->tensor[last_norm].at;
+  real *dnorm = grad_at(model, grad, last_norm);
+  Linear w = classifier(model, grad);
   real *x = mem_raw(times(LOSS_ROWS, 4 * dim + vocab), sizeof *x);
   real *normed = x + wide, *dx = normed + wide, *dnormed = dx + wide;
   real *logits = dnormed + wide;
@@ -1579,17 +1700,16 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
     }
     /* logits (n,vocab) = RMSNorm(x) (n,dim) w^T (dim,vocab) */
     rmsnorm_forward(normed, rstd, x, norm, n, dim, (real)config->norm_eps);
-    linear_forward(logits, normed, transposed(w, dim), n, dim, vocab);
+    linear_forward(logits, normed, &w, n, 0);
     cross_entropy(loss, logits, target, n, vocab, grad ? scale : 0);
     for (size_t r = 0; r < n; r++)
       sum += (double)loss[r];
     if (!grad) continue;
     /* the same backwards; logits are their gradient now */
-    linear_backward(dnormed, logits, w, n, dim, vocab);
-    linear_gradient(classifier(config, grad), logits, normed, n, dim, vocab);
+    linear_backward(dnormed, logits, &w, n);
+    linear_gradient(&w, logits, normed, n);
     memset(dx, 0, n * dim * sizeof *dx);
-    rmsnorm_backward(dx, final_norm(config, grad), dnormed, x, rstd, norm, n,
-                     dim, normed);
+    rmsnorm_backward(dx, dnorm, dnormed, x, rstd, norm, n, dim, normed);
     for (size_t r = 0; r < n; r++)
       memcpy(acts->dresidual + row[r] * dim, dx + r * dim, dim * sizeof *dx);
   }
@@ -1603,9 +1723,10 @@ static const real *model_forward(const TbrModel *model, TbrActs *acts,
                                  const int32_t *id, const Batch *batch,
                                  const Layer *ready, const Cache *cache) {
   const TbrConfig *config = &model->config;
-  embedding_forward(acts->residual, model->param, id, batch->rows, config->dim);
+  embedding_forward(acts->residual, mat_at(model, 0), id, batch->rows,
+                    config->dim);
   for (size_t layer = 0; layer < config->layers; layer++) {
-    Layer w = ready ? ready[layer] : layer_at(config, model->param, layer);
+    Layer w = ready ? ready[layer] : layer_at(model, NULL, layer);
     layer_forward(config, &w, acts, layer, batch, cache);
   }
   return acts_at(config, acts, config->layers).residual;
@@ -1619,25 +1740,25 @@ double tbr_loss(const TbrModel *model, TbrActs *acts,
   const real *last = model_forward(model, acts, id, &batch, NULL, NULL);
   double loss = sum_loss(model, acts, last, sequences, grad, (real)scale);
   for (size_t layer = config->layers; grad && layer-- > 0;) {
-    Layer w = layer_at(config, model->param, layer);
-    Layer dw = layer_at(config, grad, layer);
-    layer_backward(config, &w, &dw, acts, layer, &batch);
+    Layer w = layer_at(model, grad, layer);
+    layer_backward(config, &w, acts, layer, &batch);
   }
-  if (grad)
-    embedding_backward(grad, acts->dresidual, id, batch.rows, config->dim);
+  real *dtable = grad_at(model, grad, 0);
+  if (dtable)
+    embedding_backward(dtable, acts->dresidual, id, batch.rows, config->dim);
   free(batch.spans);
   return loss;
 }
 
-/* logits (rows,vocab) = RMSNorm(x) (rows,dim) wt (dim,vocab); wt is W^T of the
+/* logits (rows,vocab) = RMSNorm(x) (rows,dim) W^T (dim,vocab); w is the
  * classifier. Uses arrays that the layers are done with. */
 static void final_logits(const TbrModel *model, TbrActs *acts, real *logits,
-                         const real *x, Mat wt, size_t rows) {
+                         const real *x, const Linear *w, size_t rows) {
   const TbrConfig *config = &model->config;
   rmsnorm_forward(acts->normed, acts_at(config, acts, 0).rstd1, x,
-                  final_norm(config, model->param), rows, config->dim,
-                  (real)config->norm_eps);
-  linear_forward(logits, acts->normed, wt, rows, config->dim, config->vocab);
+                  model->param + model->tensor[final_norm(model)].at, rows,
+                  config->dim, (real)config->norm_eps);
+  linear_forward(logits, acts->normed, w, rows, 0);
 }
 
 void tbr_logits(const TbrModel *model, TbrActs *acts,
@@ -1646,15 +1767,183 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
   const int32_t *id = sequences->id;
   Batch batch = batch_of(config, sequences, acts->rows);
   const real *last = model_forward(model, acts, id, &batch, NULL, NULL);
-  Mat wt = transposed(classifier(config, model->param), config->dim);
-  final_logits(model, acts, logits, last, wt, batch.rows);
+  Linear w = classifier(model, NULL);
+  final_logits(model, acts, logits, last, &w, batch.rows);
   free(batch.spans);
+}
+
+/* ---- low-rank adapters -------------------------------------------------- */
+
+static const char *const projection[] = {"q_proj",    "k_proj",  "v_proj",
+                                         "o_proj",    "gate_proj", "up_proj",
+                                         "down_proj"};
+enum { PROJECTIONS = sizeof projection / sizeof *projection };
+
+/* Fails unless a list divided by commas names projections alone. */
+static void targets_check(const char *list) {
+  for (size_t n; *list; list += n + (list[n] == ',')) {
+    size_t k = 0;
+    n = strcspn(list, ",");
+    while (k < PROJECTIONS && (strlen(projection[k]) != n ||
+                               strncmp(projection[k], list, n)))
+      k++;
+    if (k == PROJECTIONS)
+      tbr_fail("an adapter's target cannot be \"%.*s\"; targets are q_proj, "
+               "k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj",
+               (int)n, list);
+  }
+}
+
+void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
+  TbrModel *adapter = mem_new(1, sizeof *adapter);
+  if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0))
+    tbr_fail("an adapter's rank must be from 1 to 2^20, alpha above 0");
+  targets_check(lora->targets);
+  adapter->config = model->config;
+  adapter->tensor = mem_new(times(2, model->n_tensors), sizeof(TbrTensor));
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *base = &model->tensor[i];
+    char name[80];
+    size_t k = 0;
+    while (k < PROJECTIONS && !strstr(base->name, projection[k]))
+      k++;
+    if (k == PROJECTIONS || !strstr(lora->targets, projection[k])) continue;
+    snprintf(name, sizeof name, "base_model.model.%.*s",
+             (int)(strlen(base->name) - strlen(".weight")), base->name);
+    base->lora = adapter->n_tensors + 1;
+    model_add(adapter, name, ".lora_A.weight", lora->rank, base->columns);
+    model_add(adapter, name, ".lora_B.weight", base->rows, lora->rank);
+  }
+  adapter->param = mem_new(adapter->n_params, sizeof *adapter->param);
+  for (size_t i = 0; i < adapter->n_tensors; i += 2) {
+    const TbrTensor *a = &adapter->tensor[i];
+    double bound = 1 / sqrt((double)a->columns); /* as PEFT has it */
+    Rng rng = rng_stream(lora->seed, FOR_LORA, i);
+    for (size_t j = 0; j < a->rows * a->columns; j++)
+      adapter->param[a->at + j] =
+          (real)(float)(bound * (2 * rng_uniform(&rng) - 1));
+  }
+  model->adapter = adapter;
+  model->lora = *lora;
+}
+
+/* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A, whose
+ * numbers are not of 16 bits, and takes them away. */
+static void lora_merge(TbrModel *model) {
+  TbrModel *adapter = model->adapter;
+  size_t rank = model->lora.rank;
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *w = &model->tensor[i];
+    if (!w->lora) continue;
+    const TbrTensor *a = &adapter->tensor[w->lora - 1];
+    real *b = adapter->param + a[1].at;
+    for (size_t j = 0; j < w->rows * rank; j++)
+      b[j] *= (real)(model->lora.alpha / (double)rank);
+    gemm(w->rows, w->columns, rank, mat(b, rank),
+         mat(adapter->param + a->at, w->columns), 1, model->param + w->at,
+         w->columns);
+    w->lora = 0;
+  }
+  tbr_model_free(adapter);
+  model->adapter = NULL;
+}
+
+/* Writes adapter_config.json. */
+static void adapter_write(const TbrModel *model, const char *directory) {
+  const TbrLora *lora = &model->lora;
+  Buf json = {0};
+  add_json(&json, "{'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', "
+                  "'bias': 'none', 'inference_mode': true");
+  json_field(&json, "base_model_name_or_path", lora->base);
+  buf_printf(&json, ", \"r\": %zu, \"lora_alpha\": %.17g, \"target_modules\": ",
+             lora->rank, lora->alpha);
+  for (size_t k = 0; k < PROJECTIONS; k++)
+    if (strstr(lora->targets, projection[k]))
+      buf_printf(&json, "%s\"%s\"", json.s[json.n - 1] == '"' ? ", " : "[",
+                 projection[k]);
+  buf_str(&json, "]}\n");
+  write_in(directory, "adapter_config.json", json.s, json.n);
+  buf_free(&json);
+}
+
+static TbrModel *model_read(const char *path, int halves);
+
+/* Fails unless an adapter is of the plain kind. */
+static void adapter_check(const Json *json) {
+  static const char *const empty[] = {"rank_pattern", "alpha_pattern",
+                                      "init_lora_weights"};
+  json_must(json,
+            "{'peft_type':'LORA','bias':'none','use_rslora':false,'use_dora':"
+            "false,'fan_in_fan_out':false,'modules_to_save':null,"
+            "'layers_to_transform':null,'layer_replication':null,"
+            "'trainable_token_indices':null,'target_parameters':null}",
+            "adapters are \"LORA\", of the same rank and alpha on all layers, "
+            "without biases and variants");
+  for (size_t i = 0; i < 3; i++) {
+    const Json *member = json_get(json, empty[i]);
+    if (member && member->length > 0)
+      tbr_fail("%s:%zu: this \"%s\" is not supported", member->path,
+               member->line, empty[i]);
+  }
+}
+
+/* Reads a PEFT adapter's base with the adapter merged. */
+static TbrModel *adapter_read(const char *directory, const char *config) {
+  char *weights = path_in(directory, adapter_file);
+  Json *json = json_read(config);
+  Buf targets = {0};
+  TbrLora lora = {.alpha = json_number(json, "lora_alpha", 0)};
+  adapter_check(json);
+  const Json *list = json_get(json, "target_modules");
+  if (!list || list->kind != JSON_ARRAY || list->length == 0)
+    tbr_fail("%s: \"target_modules\" should be a list of names", config);
+  for (const Json *item = list->child; item; item = item->next)
+    buf_printf(&targets, ",%s", item->string ? item->string : "");
+  if (!whole(json_number(json, "r", 0), &lora.rank))
+    tbr_fail("%s: \"r\" should be a whole number", config);
+  lora.targets = targets.s + 1;
+  TbrModel *model =
+      model_read(json_string(json, "base_model_name_or_path", ""), 0);
+  tbr_lora_add(model, &lora);
+  const TbrModel *adapter = model->adapter;
+  SafeTensors *st = st_open(weights);
+  if (st->n != adapter->n_tensors)
+    tbr_fail("%s: has %zu tensors; %zu follow from %s", weights, st->n,
+             adapter->n_tensors, config);
+  st_read(st, adapter->tensor, st->n, &(Block){"", adapter->param}, 1);
+  st_close(st);
+  lora_merge(model);
+  buf_free(&targets);
+  json_free(json);
+  free(weights);
+  return model;
 }
 
 /* ---- loading and saving ------------------------------------------------ */
 
-/* Names and shapes are checked before anything is allocated by them. */
-TbrModel *tbr_model_load(const char *path) {
+/* The parameters of a model, whose matrices keep the 16 bits of their file. */
+static void read_halves(TbrModel *model, const SafeTensors *st) {
+  size_t n[2] = {0}; /* numbers of vectors, of matrices */
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *tensor = &model->tensor[i];
+    tensor->at = n[tensor->rows > 1];
+    n[tensor->rows > 1] += tensor->rows * tensor->columns;
+  }
+  model->param = mem_raw(n[0], sizeof *model->param);
+  model->half = mem_raw(n[1], sizeof *model->half);
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    if (tensor->rows == 1)
+      st_read(st, tensor, 1, &(Block){"", model->param}, 1);
+    else
+      st_halves(st, tensor->name, model->half + tensor->at);
+  }
+}
+
+/* Reads a model; with `halves`, the matrices keep the 16 bits that they have in
+ * their file, if all do. Names and shapes are checked before anything is
+ * allocated by them. */
+static TbrModel *model_read(const char *path, int halves) {
   if (ends_with(path, ".bin")) {
     size_t size;
     char *file = read_file(path, &size);
@@ -1676,25 +1965,52 @@ TbrModel *tbr_model_load(const char *path) {
     tbr_fail("%s: has no tensors for %zu layers", weights, config.layers);
   TbrModel *model = model_shape(&config);
   st_read(st, model->tensor, model->n_tensors, &(Block){"", NULL}, 1);
-  model->param = mem_raw(model->n_params, sizeof *model->param);
-  st_read(st, model->tensor, model->n_tensors, &(Block){"", model->param}, 1);
+  model->half_type = st_type(st, model->tensor[0].name);
+  for (size_t i = 0; i < model->n_tensors; i++)
+    if (model->tensor[i].rows > 1)
+      halves &= st_type(st, model->tensor[i].name) == (StType)model->half_type;
+  if (halves && model->half_type != F32) {
+    read_halves(model, st);
+  } else {
+    model->param = mem_raw(model->n_params, sizeof *model->param);
+    st_read(st, model->tensor, model->n_tensors, &(Block){"", model->param}, 1);
+  }
   st_close(st);
   free(config_path);
   free(weights);
   return model;
 }
 
+TbrModel *tbr_model_load_frozen(const char *path) {
+  return model_read(path, 1);
+}
+
+TbrModel *tbr_model_load(const char *path) {
+  char *config = path_in(path, "adapter_config.json");
+  TbrModel *model;
+  if (file_exists(config))
+    model = adapter_read(path, config);
+  else
+    model = model_read(path, 0);
+  free(config);
+  return model;
+}
+
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training) {
-  char *weights = path_in(directory, "model.safetensors");
+  const TbrModel *saved = trained(model);
+  char *weights = path_in(directory, weights_file(model));
   Buf metadata = {0};
   make_directory(directory);
-  config_write(&model->config, directory, bos, eos);
+  if (model->adapter)
+    adapter_write(model, directory);
+  else
+    config_write(&model->config, directory, bos, eos);
   buf_str(&metadata, "{\"format\": \"pt\"");
   json_field(&metadata, "training", training);
   buf_char(&metadata, '}');
-  st_write(weights, metadata.s, model->tensor, model->n_tensors,
-           &(Block){"", model->param}, 1);
+  st_write(weights, metadata.s, saved->tensor, saved->n_tensors,
+           &(Block){"", saved->param}, 1);
   buf_free(&metadata);
   free(weights);
 }
@@ -1772,10 +2088,12 @@ static void adamw(const Trainer *trainer, double rate, real shrink) {
   real size = (real)(rate / fix1), root_fix2 = (real)sqrt(fix2);
   const Block *state = trainer->state;
   real *w = state[0].at, *m = state[1].at, *v = state[2].at;
-  for (size_t i = 0; i < trainer->model->n_tensors; i++) {
-    const TbrTensor *tensor = &trainer->model->tensor[i];
+  const TbrModel *model = trained(trainer->model);
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
     size_t from = tensor->at, to = from + tensor->rows * tensor->columns;
-    real keep = tensor->rows > 1 ? (real)(1 - rate * options->decay) : 1;
+    int decays = tensor->rows > 1 || trainer->model->adapter;
+    real keep = decays ? (real)(1 - rate * options->decay) : 1;
 #pragma omp parallel for simd num_threads(threads()) if (to - from > 20000)
     for (size_t j = from; j < to; j++) {
       real g = trainer->grad[j] * shrink;
@@ -1820,7 +2138,7 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
   double scale = 1.0 / (double)targets, loss = 0;
   /* Gather sequences, and add up the gradient whenever memory is full. */
   TbrSequences part = {0};
-  memset(grad, 0, model->n_params * sizeof *grad);
+  memset(grad, 0, trained(model)->n_params * sizeof *grad);
   *tokens = 0;
   for (size_t i = 0; i < batch; i++) {
     size_t sequence = draw_sequence(trainer, drawn + i);
@@ -1842,7 +2160,8 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
 static double train_step(Trainer *trainer, size_t *tokens) {
   const TbrTraining *options = trainer->options;
   double loss = batch_gradient(trainer, tokens);
-  double norm = gradient_norm(trainer->grad, trainer->model->n_params);
+  size_t n_params = trained(trainer->model)->n_params;
+  double norm = gradient_norm(trainer->grad, n_params);
   double rate = options->lr * schedule(options, trainer->step);
   if (!(loss < 1e30 && norm < 1e30)) /* NaN is not, either */
     tbr_fail("training diverged at step %zu (loss %g, gradient %g); "
@@ -1876,8 +2195,12 @@ static void trainer_mark(Trainer *trainer) {
              options->cosine, options->lr, options->last, options->beta1,
              options->beta2, options->eps, options->decay, options->clip,
              (unsigned long long)options->seed);
-  uint64_t hash =
-      tbr_digest(0, trainer->model->param, trainer->model->n_params);
+  uint64_t hash = model_digest(trainer->model);
+  const TbrModel *adapter = trainer->model->adapter;
+  if (adapter) {
+    hash = tbr_digest(hash, adapter->param, adapter->n_params);
+    buf_printf(&text, " %.17g", trainer->model->lora.alpha);
+  }
   hash = hash_bytes(hash, text.s, text.n);
   buf_free(&text);
   /* By numbers, not bytes, so that no byte order matters. */
@@ -1893,7 +2216,7 @@ static void trainer_mark(Trainer *trainer) {
 
 /* Writes a checkpoint. */
 static void trainer_save(const Trainer *trainer) {
-  const TbrModel *model = trainer->model;
+  const TbrModel *model = trained(trainer->model);
   char *path = path_in(trainer->directory, state_file);
   Buf metadata = {0};
   buf_printf(&metadata, "{\"training\": \"%s\", \"step\": \"%zu\"",
@@ -1909,7 +2232,7 @@ static void trainer_save(const Trainer *trainer) {
 /* Takes the first n_blocks of the state from a file of the directory, if it
  * is of this very training; returns whether it is. */
 static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
-  const TbrModel *model = trainer->model;
+  const TbrModel *model = trained(trainer->model);
   char *path = path_in(trainer->directory, file);
   int is_own = file_exists(path);
   if (is_own) {
@@ -1936,14 +2259,17 @@ static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
 size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   const TbrConfig *config = &model->config;
   size_t scratch = attention_scratch(smaller(rows, config->context));
-  size_t numbers = times(4, model->n_params) + (size_t)threads() * scratch +
+  size_t numbers = times(4, trained(model)->n_params) +
+                   (size_t)threads() * scratch +
                    LOSS_ROWS * (4 * config->dim + config->vocab);
   TbrActs acts;
   Extent part[ACTS];
   acts_parts(&acts, config, rows, 1, part);
   for (size_t i = 0; i < ACTS; i++)
     numbers += part[i].n;
-  return times(numbers, sizeof(real));
+  size_t frozen = 0;
+  if (model->adapter) frozen = model->half ? 2 : sizeof(real);
+  return times(numbers, sizeof(real)) + times(frozen, model->n_params);
 }
 
 /* A training before its first step, to be freed with trainer_free; fails if
@@ -1958,7 +2284,7 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
     tbr_fail("steps and batch must be at least 1");
   if (!(options->lr > 0) || !betas_fit)
     tbr_fail("learning rate must be above 0, and betas within 0 and 1");
-  size_t n = model->n_params, longest = 0;
+  size_t n = trained(model)->n_params, longest = 0;
   for (size_t i = 0; i < data->n; i++) {
     longest = larger(longest, data->first[i + 1] - data->first[i]);
     if (count_targets(data, i) == 0)
@@ -1970,7 +2296,7 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
       .model = model, .data = data, .options = options, .directory = directory};
   trainer.acts = tbr_acts_new(model, larger(rows, longest));
   trainer.grad = mem_raw(n, sizeof(real));
-  trainer.state[0] = (Block){"", model->param};
+  trainer.state[0] = (Block){"", trained(model)->param};
   trainer.state[1] = (Block){"moment1.", mem_new(n, sizeof(real))};
   trainer.state[2] = (Block){"moment2.", mem_new(n, sizeof(real))};
   trainer_mark(&trainer);
@@ -2028,7 +2354,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   double loss = 0;
   if (!directory) {
     loss = trainer_run(&trainer, label);
-  } else if (trainer_load(&trainer, "model.safetensors", 1)) {
+  } else if (trainer_load(&trainer, weights_file(model), 1)) {
     fprintf(stderr, "tbr: %s: is trained already\n", directory);
   } else {
     make_directory(directory);
@@ -2062,23 +2388,22 @@ typedef struct {
   TbrActs *acts;
   real *weights; /* W^T of all matrices, packed */
   Layer *layer;  /* whose W^T are there */
-  Mat classify;  /* W^T of the classifier */
+  Linear classify;
   Cache cache;
   real *logits; /* of the last row of each span */
 } Decoder;
 
-/* Packs W^T, w (out,in), and moves *to behind it. */
-static Mat pack_weights(real **to, const real *w, size_t out, size_t in) {
-  real *at = *to;
-  *to += packed(out) * in;
-  return pack(at, transposed(w, in), in, out);
+/* Packs W^T and moves *to behind it. */
+static void pack_weights(real **to, Linear *l) {
+  l->wt = pack(*to, l->wt, l->in, l->out);
+  *to += packed(l->out) * l->in;
 }
 
 /* For `slots` sequences of at most `length` tokens, `rows` in one round. */
 static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
                             size_t rows) {
   const TbrConfig *config = &model->config;
-  size_t dim = config->dim, hidden = config->hidden, vocab = config->vocab;
+  size_t vocab = config->vocab;
   size_t heads = times(times(config->layers, slots), config->kv_heads);
   size_t columns = times(heads, packed(length));
   size_t most = 0; /* that the packed weights take: each rounded up alone */
@@ -2099,15 +2424,15 @@ static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
       .values = mem_new(times(columns, packed(config->head_dim)), sizeof(real)),
   };
   for (size_t l = 0; l < config->layers; l++) {
-    Layer layer = layer_at(config, model->param, l);
-    layer.qkv_t = pack_weights(&to, layer.qkv, qkv_width(config), dim);
-    layer.out_t = pack_weights(&to, layer.out, dim, q_width(config));
-    layer.gate_up_t = pack_weights(&to, layer.gate_up, 2 * hidden, dim);
-    layer.down_t = pack_weights(&to, layer.down, dim, hidden);
-    decoder->layer[l] = layer;
+    Layer *layer = &decoder->layer[l];
+    *layer = layer_at(model, NULL, l);
+    pack_weights(&to, &layer->qkv);
+    pack_weights(&to, &layer->out);
+    pack_weights(&to, &layer->gate_up);
+    pack_weights(&to, &layer->down);
   }
-  decoder->classify =
-      pack_weights(&to, classifier(config, model->param), vocab, dim);
+  decoder->classify = classifier(model, NULL);
+  pack_weights(&to, &decoder->classify);
   return decoder;
 }
 
@@ -2136,7 +2461,7 @@ static void decoder_step(Decoder *decoder, const int32_t *id,
     size_t row = batch->spans[i].row + batch->spans[i].n - 1;
     memcpy(last + i * dim, stream + row * dim, dim * sizeof *last);
   }
-  final_logits(model, acts, decoder->logits, last, decoder->classify,
+  final_logits(model, acts, decoder->logits, last, &decoder->classify,
                batch->n_spans);
 }
 
@@ -4165,6 +4490,16 @@ static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
   }
 }
 
+static StType st_type(const SafeTensors *st, const char *name) {
+  return st_entry(json_get(st->header, name)).type;
+}
+
+static void st_halves(const SafeTensors *st, const char *name, uint16_t *to) {
+  StEntry entry = st_entry(json_get(st->header, name));
+  for (size_t i = entry.at[0]; i < entry.at[1]; i += 2)
+    *to++ = (uint16_t)little_endian(st->data + i, 2);
+}
+
 /* The inverse of little_endian. */
 static void put_little_endian(char *to, uint64_t number, size_t n) {
   for (size_t i = 0; i < n; i++)
@@ -4182,7 +4517,8 @@ static void st_write(const char *path, const char *metadata,
     const TbrTensor *one = &tensor[i % n];
     buf_printf(&header, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
                block[i / n].prefix, one->name);
-    if (one->rows != 1) buf_printf(&header, "%zu, ", one->rows);
+    if (one->rows > 1 || strstr(one->name, "lora_"))
+      buf_printf(&header, "%zu, ", one->rows);
     buf_printf(&header, "%zu], \"data_offsets\": [%zu, ", one->columns, at);
     at += 4 * one->rows * one->columns;
     buf_printf(&header, "%zu]}", at);
@@ -4945,6 +5281,7 @@ typedef struct {
   double share, temperature, top_p;
   size_t general_rows, safety_rows, seed, limit, tokens, show, threads;
   size_t window, rows, save_every;
+  TbrLora lora;
   TbrConfig shape;             /* what options say of it, */
   TbrTraining pretrain, train; /* and of these */
 } Options;
@@ -5004,6 +5341,11 @@ static const Option option[] = {
     {"train.warmup", COUNT, AT(train.warmup), "250", "t", "warm-up steps"},
     {"train.lr", NUMBER, AT(train.lr), "0.0005", "t", "peak of the rate"},
     {"train.decay", NUMBER, AT(train.decay), "0", "t", "weight decay"},
+    {"lora", COUNT, AT(lora.rank), "0", "ti", "rank of adapters; 0: no LoRA"},
+    {"lora-alpha", NUMBER, AT(lora.alpha), "16", "ti", "its factor, by rank"},
+    {"lora-targets", STRING, AT(lora.targets),
+     "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "ti",
+     "matrices that get adapters"},
     {"too-long", WORD, AT(too_long), "drop", "t", "rows too long: drop cut"},
     {"rows", COUNT, AT(rows), "4096", "pti", "tokens computed at a time"},
     {"save-every", COUNT, AT(save_every), "500", "pt", "steps per checkpoint"},
@@ -5131,13 +5473,15 @@ static void pair_free(Pair *pair) {
   tbr_tokenizer_free(pair->tok);
 }
 
-/* Loads a model and its tokenizer, which is beside it unless named. */
-static Pair pair_load(const char *model, const char *tokenizer) {
+/* Loads a model, for LoRA in 16 bits, and its tokenizer, which is beside it
+ * unless named. */
+static Pair pair_load(const char *model, const char *tokenizer, int lora) {
   if (!*model) tbr_fail("which model? --model or --base names one");
   if (!*tokenizer && ends_with(model, ".bin"))
     tbr_fail("%s: a llama2.c file needs its tokenizer: --tokenizer FILE.bin",
              model);
-  Pair pair = {.model = tbr_model_load(model)};
+  Pair pair = {.model =
+                   lora ? tbr_model_load_frozen(model) : tbr_model_load(model)};
   if (!*tokenizer) tokenizer = model;
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
   return pair;
@@ -5245,11 +5589,20 @@ static void verb_train(const Options *options) {
   if (!*options->data)
     tbr_fail("no examples to train on: --data names a file; `tbr data` makes "
              "one of general and safety rows");
-  Pair pair = pair_load(options->base, options->tokenizer);
+  TbrLora lora = options->lora;
+  Pair pair = pair_load(options->base, options->tokenizer, lora.rank > 0);
   tbr_tokenizer_add_marks(pair.tok);
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
-  if (vocab > pair.model->config.vocab)
+  int widens = vocab > pair.model->config.vocab;
+  if (lora.rank > 0 && widens)
+    tbr_fail("%s: has no tokens for a dialogue, and LoRA adds none; fine-tune "
+             "in full first",
+             options->base);
+  if (widens)
     pair.model = model_widen(pair.model, vocab, options->seed);
+  lora.base = options->base;
+  lora.seed = options->seed;
+  if (lora.rank > 0) tbr_lora_add(pair.model, &lora);
   Buf report = {0};
   TbrSequences s = dataset_rows(options, &pair, &report);
   TbrTraining how = training_of(options, options->train);
@@ -5274,7 +5627,7 @@ static TbrSampling sampling_of(const Options *options) {
 /* Prints what a model says to a prompt: as an answer where it knows the marks
  * of a dialogue, else as a text that goes on. */
 static void verb_generate(const Options *options) {
-  Pair pair = pair_load(options->model, options->tokenizer);
+  Pair pair = pair_load(options->model, options->tokenizer, 0);
   int32_t mark[MARKS];
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
@@ -5343,7 +5696,7 @@ static void print_results(TbrResults *results) {
 
 static void verb_eval(const Options *options) {
   if (!*options->prompts) tbr_fail("--prompts names the file of prompts");
-  Pair pair = pair_load(options->model, options->tokenizer);
+  Pair pair = pair_load(options->model, options->tokenizer, 0);
   TbrExamples prompts = tbr_examples_read(options->prompts);
   TbrResults results = {0};
   Buf tag = {0};
@@ -5468,7 +5821,7 @@ static void verb_selftest(const Options *options) {
 static void verb_info(const Options *options) {
   TbrModel *model = tbr_model_load(options->argument);
   const TbrConfig *c = &model->config;
-  uint64_t digest = tbr_digest(0, model->param, model->n_params);
+  uint64_t digest = model_digest(model);
   size_t bytes = tbr_training_bytes(model, options->rows);
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n",
@@ -5484,7 +5837,7 @@ static void verb_info(const Options *options) {
 }
 
 static void verb_import(const Options *options) {
-  Pair pair = pair_load(options->base, options->tokenizer);
+  Pair pair = pair_load(options->base, options->tokenizer, 0);
   int32_t mark[MARKS];
   marks_of(pair.tok, mark);
   tbr_model_save(pair.model, options->out, mark[BOS], mark[EOS], NULL);

@@ -167,14 +167,29 @@ typedef struct {
 typedef struct {
   char name[80];
   size_t rows, columns, at;
+  size_t lora; /* 0, or the number of its adapter's A, counted from 1; B: next */
 } TbrTensor;
 
-/* A Llama (Touvron et al., 2023) with its n_params parameters in one block. */
+/* Low-rank adapters (LoRA: Hu et al., 2021), which add alpha / rank times x A^T
+ * B^T to the outputs of matrices. */
 typedef struct {
+  size_t rank;
+  double alpha;
+  const char *targets; /* which: "q_proj,v_proj", of q k v o gate up down */
+  const char *base;    /* the directory of the model that they belong to */
+  uint64_t seed;       /* of A; B begins as zeros */
+} TbrLora;
+
+/* A Llama (Touvron et al., 2023) with its n_params parameters in one block. */
+typedef struct TbrModel {
   TbrConfig config;
   size_t n_tensors, n_params;
   TbrTensor *tensor;
   tbr_real *param;
+  uint16_t *half; /* NULL, or its matrices in 16 bits; param: the vectors alone */
+  int half_type;
+  struct TbrModel *adapter; /* NULL, or A and B, which alone are trained */
+  TbrLora lora;
 } TbrModel;
 
 /* A model with all parameters zero; fails if the configuration is bad. init
@@ -188,6 +203,8 @@ void tbr_model_free(TbrModel *model);
  * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
  * with the mark of the training that made the model (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
+TbrModel *tbr_model_load_frozen(const char *path);
+void tbr_lora_add(TbrModel *model, const TbrLora *lora);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training);
 
