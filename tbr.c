@@ -1207,6 +1207,7 @@ void tbr_model_free(TbrModel *model) {
   free(model->tensor);
   free(model->param);
   free(model->half);
+  free((char *)model->lora.base);
   free(model);
 }
 
@@ -1825,6 +1826,7 @@ void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
   }
   model->adapter = adapter;
   model->lora = *lora;
+  model->lora.base = copy_string(lora->base);
 }
 
 /* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A, whose
@@ -1887,8 +1889,9 @@ static void adapter_check(const Json *json) {
   }
 }
 
-/* Reads a PEFT adapter's base with the adapter merged. */
-static TbrModel *adapter_read(const char *directory, const char *config) {
+/* Reads a PEFT adapter's base and the adapter. */
+static TbrModel *adapter_read(const char *directory, const char *config,
+                              int halves) {
   char *weights = path_in(directory, adapter_file);
   Json *json = json_read(config);
   Buf targets = {0};
@@ -1902,8 +1905,8 @@ static TbrModel *adapter_read(const char *directory, const char *config) {
   if (!whole(json_number(json, "r", 0), &lora.rank))
     tbr_fail("%s: \"r\" should be a whole number", config);
   lora.targets = targets.s + 1;
-  TbrModel *model =
-      model_read(json_string(json, "base_model_name_or_path", ""), 0);
+  lora.base = json_string(json, "base_model_name_or_path", "");
+  TbrModel *model = model_read(lora.base, halves);
   tbr_lora_add(model, &lora);
   const TbrModel *adapter = model->adapter;
   SafeTensors *st = st_open(weights);
@@ -1912,7 +1915,6 @@ static TbrModel *adapter_read(const char *directory, const char *config) {
              adapter->n_tensors, config);
   st_read(st, adapter->tensor, st->n, &(Block){"", adapter->param}, 1);
   st_close(st);
-  lora_merge(model);
   buf_free(&targets);
   json_free(json);
   free(weights);
@@ -1988,10 +1990,12 @@ TbrModel *tbr_model_load_frozen(const char *path) {
 TbrModel *tbr_model_load(const char *path) {
   char *config = path_in(path, "adapter_config.json");
   TbrModel *model;
-  if (file_exists(config))
-    model = adapter_read(path, config);
-  else
+  if (file_exists(config)) {
+    model = adapter_read(path, config, 0);
+    lora_merge(model);
+  } else {
     model = model_read(path, 0);
+  }
   free(config);
   return model;
 }
@@ -5482,7 +5486,11 @@ static Pair pair_load(const char *model, const char *tokenizer, int lora) {
              model);
   Pair pair = {.model =
                    lora ? tbr_model_load_frozen(model) : tbr_model_load(model)};
+  char *beside = path_in(model, "tokenizer.json");
   if (!*tokenizer) tokenizer = model;
+  if (tokenizer == model && pair.model->lora.base && !file_exists(beside))
+    tokenizer = pair.model->lora.base; /* PEFT leaves it there */
+  free(beside);
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
   return pair;
 }

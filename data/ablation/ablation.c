@@ -423,7 +423,7 @@ static void reflect_internally(ArmRows *from) {
                      .top_p = 1,
                      .tokens = 96,
                      .seed = cell->method.seed};
-  Pair base = pair_load(cell->method.base, cell->method.tokenizer);
+  Pair base = pair_load(cell->method.base, cell->method.tokenizer, 0);
   tbr_reflect(base.model, base.tok, &plain, lead, &how);
   for (size_t i = 0; i < from->n; i++)
     from->rows.row[i].example.reflection = plain.row[i].reflection;
@@ -792,7 +792,7 @@ static void model_evaluate(const Cell *cell, const TbrExamples *tests,
                        .tag = tag.s,
                        .label = cell->arm,
                        .directory = method->out};
-  Pair pair = pair_load(method->model, "");
+  Pair pair = pair_load(method->model, "", 0);
   size_t cut = tbr_evaluate(pair.model, pair.tok, tests, &how, results);
   if (cut)
     fprintf(stderr,
