@@ -344,20 +344,19 @@ typedef struct {
 static SafeTensors *st_open(const char *path);
 static void st_close(SafeTensors *st);
 
-/* The type of a tensor that is there; the numbers of one of 16 bits. */
-static StType st_type(const SafeTensors *st, const char *name);
-static void st_halves(const SafeTensors *st, const char *name, uint16_t *to);
-
-/* The numbers of tensors, whose names in a file begin with prefix. */
+/* The numbers of tensors, whose names in a file begin with prefix; or of those
+ * with several rows, as they are in 16 bits. */
 typedef struct {
   const char *prefix;
   real *at;
+  uint16_t *half;
 } Block;
 
 /* Reads, or writes as F32, n tensors of each block. Reading checks the shapes,
- * and where `at` is NULL does no more. metadata is a JSON object. */
-static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
-                    const Block *block, size_t n_blocks);
+ * and where `at` is NULL does no more; it returns the type of the last tensor.
+ * metadata is a JSON object. */
+static StType st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
+                      const Block *block, size_t n_blocks);
 static void st_write(const char *path, const char *metadata,
                      const TbrTensor *tensor, size_t n, const Block *block,
                      size_t n_blocks);
@@ -765,22 +764,21 @@ typedef struct {
   Span *spans;
 } Batch;
 
-/* Low-rank matrices A (rank,in) and B (width,rank) beside a part of W, whose
- * outputs begin at `from`; their gradients. */
+/* Of an adapter: where A (rank,in) and B (width,rank) begin, and from which
+ * output on it adds to `width` outputs of a linear map. */
 typedef struct {
-  real *a, *b, *da, *db;
-  size_t from, width;
+  size_t a, b, from, width;
 } Adapter;
 
 /* A weight matrix W (out,in) with W^T, in generation a packed copy, and its
  * gradient; where that is NULL, W is frozen, and parts of it may have adapters,
- * which add scale x A^T B^T to their outputs (LoRA: Hu et al., 2021). */
-enum { PARTS = 3 };
+ * which add scale x A^T B^T (LoRA: Hu et al., 2021). These lie in `adapters`,
+ * their gradients in dadapters. */
 typedef struct {
   Mat w, wt;
-  real *dw, scale;
+  real *dw, *adapters, *dadapters, scale;
   size_t in, out, rank, parts;
-  Adapter part[PARTS];
+  Adapter part[3];
 } Linear;
 
 /* scale x (rows,n) m (n,rank), in fresh memory (rows,rank) */
@@ -792,53 +790,42 @@ static real *low_rank(const Linear *l, Mat x, Mat m, size_t rows, size_t n) {
   return low;
 }
 
-/* y (rows,out) = x (rows,in) W^T (in,out), or += if `add` */
-static void linear_forward(real *y, const real *x, const Linear *l, size_t rows,
-                           int add) {
+/* y (rows,out) = residual (rows,out; or NULL) + x (rows,in) W^T (in,out) */
+static void linear_forward(real *y, const real *residual, const real *x,
+                           const Linear *l, size_t rows) {
   size_t in = l->in, out = l->out, rank = l->rank;
-  gemm(rows, out, in, mat(x, in), l->wt, add, y, out);
+  if (residual) memcpy(y, residual, rows * out * sizeof *y);
+  gemm(rows, out, in, mat(x, in), l->wt, residual != NULL, y, out);
   for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
-    real *low = low_rank(l, mat(x, in), transposed(part->a, in), rows, in);
-    gemm(rows, part->width, rank, mat(low, rank), transposed(part->b, rank), 1,
-         y + part->from, out);
+    Mat at = transposed(l->adapters + part->a, in);
+    Mat bt = transposed(l->adapters + part->b, rank);
+    /* y (rows,width) += low (rows,rank) B^T (rank,width) */
+    real *low = low_rank(l, mat(x, in), at, rows, in);
+    gemm(rows, part->width, rank, mat(low, rank), bt, 1, y + part->from, out);
     free(low);
   }
 }
 
-/* y (rows,out) = residual (rows,out) + x (rows,in) W^T (in,out) */
-static void linear_residual(real *y, const real *residual, const real *x,
+/* dx (rows,in) = dy (rows,out) W (out,in); dW (out,in) += dy^T (out,rows) x
+ * (rows,in), or the gradients of the adapters. */
+static void linear_backward(real *dx, const real *dy, const real *x,
                             const Linear *l, size_t rows) {
-  memcpy(y, residual, rows * l->out * sizeof *y);
-  linear_forward(y, x, l, rows, 1);
-}
-
-/* dx (rows,in) = dy (rows,out) W (out,in) */
-static void linear_backward(real *dx, const real *dy, const Linear *l,
-                            size_t rows) {
   size_t in = l->in, out = l->out, rank = l->rank;
   gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
-  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
-    Mat dy_part = mat(dy + part->from, out);
-    real *dlow = low_rank(l, dy_part, mat(part->b, rank), rows, part->width);
-    gemm(rows, in, rank, mat(dlow, rank), mat(part->a, in), 1, dx, in);
-    free(dlow);
-  }
-}
-
-/* dW (out,in) += dy^T (out,rows) x (rows,in), or that of the adapters:
- * dB (width,rank) += dy^T low, dA (rank,in) += dlow^T x */
-static void linear_gradient(const Linear *l, const real *dy, const real *x,
-                            size_t rows) {
-  size_t in = l->in, out = l->out, rank = l->rank;
   if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
   for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
-    const real *dy_part = dy + part->from;
+    const real *a = l->adapters + part->a, *b = l->adapters + part->b;
+    const real *dy_part = dy + part->from; /* (rows,width) */
     size_t width = part->width;
-    real *low = low_rank(l, mat(x, in), transposed(part->a, in), rows, in);
-    real *dlow = low_rank(l, mat(dy_part, out), mat(part->b, rank), rows, width);
+    real *low = low_rank(l, mat(x, in), transposed(a, in), rows, in);
+    real *dlow = low_rank(l, mat(dy_part, out), mat(b, rank), rows, width);
+    /* dx (rows,in) += dlow A; dA (rank,in) += dlow^T x; dB (width,rank) +=
+     * dy^T low */
+    gemm(rows, in, rank, mat(dlow, rank), mat(a, in), 1, dx, in);
+    gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1,
+         l->dadapters + part->a, in);
     gemm(width, rank, rows, transposed(dy_part, out), mat(low, rank), 1,
-         part->db, rank);
-    gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1, part->da, in);
+         l->dadapters + part->b, rank);
     free(low);
     free(dlow);
   }
@@ -879,7 +866,8 @@ static void rmsnorm_forward(real *y, real *rstd, const real *x, const real *w,
 }
 
 /* dx += rstd (dy w - x rstd^2 mean(dy w x)); dw, unless NULL, += the sum over
- * rows of dy x rstd, in order: threads share out columns. scratch (rows,dim). */
+ * rows of dy x rstd, in order: threads share out columns. scratch (rows,dim).
+ */
 static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
                              const real *rstd, const real *w, size_t rows,
                              size_t dim, real *scratch) {
@@ -1078,9 +1066,9 @@ static void swiglu_forward(real *y, const real *gate_up, size_t rows,
   }
 }
 
-/* dgate_up (rows,2 hidden), given dy (rows,hidden); and y once more. */
-static void swiglu_backward(real *dgate_up, real *y, const real *dy,
-                            const real *gate_up, size_t rows, size_t hidden) {
+/* dgate_up (rows,2 hidden), given dy (rows,hidden). */
+static void swiglu_backward(real *dgate_up, const real *dy, const real *gate_up,
+                            size_t rows, size_t hidden) {
 #pragma omp parallel for num_threads(threads())
   for (size_t r = 0; r < rows; r++) {
     const real *gate = gate_up + r * 2 * hidden;
@@ -1088,13 +1076,10 @@ static void swiglu_backward(real *dgate_up, real *y, const real *dy,
     const real *dyr = dy + r * hidden;
     real *dgate = dgate_up + r * 2 * hidden;
     real *dup = dgate + hidden;
-    real *yr = y + r * hidden;
 #pragma omp simd
     for (size_t j = 0; j < hidden; j++) {
-      real below = 1 + exp_real(-gate[j]);
-      real sigmoid = 1 / below;
+      real sigmoid = 1 / (1 + exp_real(-gate[j]));
       real silu = gate[j] * sigmoid;
-      yr[j] = gate[j] / below * up[j];
       dup[j] = dyr[j] * silu;
       dgate[j] = dyr[j] * up[j] * (sigmoid + silu * (1 - sigmoid));
     }
@@ -1208,16 +1193,17 @@ void tbr_model_free(TbrModel *model) {
   free(model->param);
   free(model->half);
   free((char *)model->lora.base);
+  free((char *)model->lora.targets);
   free(model);
 }
 
-/* What of a model is trained: its adapter, if it has one; and the file of it. */
+/* What of a model is trained: its adapters, if it has some; the file of that.
+ */
 static const TbrModel *trained(const TbrModel *model) {
   return model->adapter ? model->adapter : model;
 }
-static const char adapter_file[] = "adapter_model.safetensors";
 static const char *weights_file(const TbrModel *model) {
-  return model->adapter ? adapter_file : "model.safetensors";
+  return model->adapter ? "adapter_model.safetensors" : "model.safetensors";
 }
 
 /* What a layer adds to the residual stream begins small. */
@@ -1257,43 +1243,29 @@ static real *grad_at(const TbrModel *model, real *grad, size_t tensor) {
   return grad + model->tensor[tensor].at;
 }
 
-/* tbr_digest of all parameters. */
-static uint64_t model_digest(const TbrModel *model) {
-  uint64_t hash = 0;
-  for (size_t i = 0; i < model->n_tensors; i++) {
-    const TbrTensor *tensor = &model->tensor[i];
-    real *row = mem_raw(tensor->columns, sizeof *row);
-    for (size_t r = 0; r < tensor->rows; r++) {
-      mat_line(row, mat_at(model, i), r, tensor->columns);
-      hash = tbr_digest(hash, row, tensor->columns);
-    }
-    free(row);
-  }
-  return hash;
-}
-
 /* n matrices that are neighbours, the first of them tensor `first`, as one. */
 static Linear linear_at(const TbrModel *model, real *grad, size_t first,
                         size_t n) {
   const TbrTensor *tensor = &model->tensor[first];
   const TbrModel *adapter = model->adapter;
-  Linear l = {.in = tensor->columns, .rank = model->lora.rank};
-  l.w = l.wt = mat_at(model, first);
+  Linear l = {.w = mat_at(model, first), .in = tensor->columns};
+  l.wt = l.w;
   l.wt.row_stride = 1;
   l.wt.column_stride = l.in;
   l.dw = grad_at(model, grad, first);
-  l.scale = (real)(model->lora.alpha / (double)larger(l.rank, 1));
+  if (adapter) {
+    l.adapters = adapter->param;
+    l.dadapters = grad;
+    l.rank = model->lora.rank;
+    l.scale = (real)(model->lora.alpha / (double)l.rank);
+  }
   for (size_t i = 0; i < n; i++) {
-    size_t from = l.out;
+    size_t from = l.out, which = tensor[i].lora;
     l.out += tensor[i].rows;
-    if (!tensor[i].lora) continue;
-    const TbrTensor *a = &adapter->tensor[tensor[i].lora - 1], *b = a + 1;
-    Adapter *part = &l.part[l.parts++];
-    *part = (Adapter){.from = from, .width = tensor[i].rows};
-    part->a = adapter->param + a->at;
-    part->b = adapter->param + b->at;
-    if (grad) part->da = grad + a->at;
-    if (grad) part->db = grad + b->at;
+    if (which == 0) continue;
+    const TbrTensor *a = &adapter->tensor[which - 1],
+                    *b = &adapter->tensor[which];
+    l.part[l.parts++] = (Adapter){a->at, b->at, from, tensor[i].rows};
   }
   return l;
 }
@@ -1577,22 +1549,21 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   /* qkv (rows,qkv) = rope(RMSNorm(residual) (rows,dim) W_qkv^T (dim,qkv)) */
-  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim,
-                  eps);
-  linear_forward(a.qkv, acts->normed, &w->qkv, rows, 0);
+  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
+  linear_forward(a.qkv, NULL, acts->normed, &w->qkv, rows);
   rope(a.qkv, w->qkv.out, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, 1);
   /* attended (rows,q) = attention(qkv) */
   if (cache) cache_store(cache, config, layer, a.qkv, batch);
   attend_forward(config, a.attended, a.qkv, layer, batch, cache);
   /* middle (rows,dim) = residual + attended (rows,q) W_out^T (q,dim) */
-  linear_residual(a.middle, a.residual, a.attended, &w->out, rows);
+  linear_forward(a.middle, a.residual, a.attended, &w->out, rows);
   /* gate_up (rows,2 hidden) = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_forward(a.gate_up, acts->normed, &w->gate_up, rows, 0);
+  linear_forward(a.gate_up, NULL, acts->normed, &w->gate_up, rows);
   /* out (rows,dim) = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
   swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
-  linear_residual(a.out, a.middle, acts->hidden, &w->down, rows);
+  linear_forward(a.out, a.middle, acts->hidden, &w->down, rows);
 }
 
 /* The steps of layer_forward from the last to the first: takes dresidual from
@@ -1610,31 +1581,26 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   real *dnormed = acts->dshared;   /* (rows,dim) */
   real *dattended = acts->dshared; /* (rows,q) */
   /* out = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  linear_backward(dhidden, dresidual, &w->down, rows);
-  swiglu_backward(acts->dgate_up, acts->hidden, dhidden, a.gate_up, rows,
-                  config->hidden);
-  linear_gradient(&w->down, dresidual, acts->hidden, rows);
+  swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
+  linear_backward(dhidden, dresidual, acts->hidden, &w->down, rows);
+  swiglu_backward(acts->dgate_up, dhidden, a.gate_up, rows, config->hidden);
   /* gate_up = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_backward(dnormed, acts->dgate_up, &w->gate_up, rows);
-  linear_gradient(&w->gate_up, acts->dgate_up, acts->normed, rows);
-  rmsnorm_backward(dresidual, w->dnorm2, dnormed, a.middle, a.rstd2,
-                   w->norm2, rows, dim, acts->normed);
+  linear_backward(dnormed, acts->dgate_up, acts->normed, &w->gate_up, rows);
+  rmsnorm_backward(dresidual, w->dnorm2, dnormed, a.middle, a.rstd2, w->norm2,
+                   rows, dim, acts->normed);
   /* middle = residual + attended W_out^T (q,dim) */
-  linear_backward(dattended, dresidual, &w->out, rows);
-  linear_gradient(&w->out, dresidual, a.attended, rows);
+  linear_backward(dattended, dresidual, a.attended, &w->out, rows);
   /* attended = attention(qkv) */
   memset(acts->dqkv, 0, rows * qkv * sizeof(real));
   attend_backward(config, acts->dqkv, dattended, a.qkv, batch);
   /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv)) */
   rope(acts->dqkv, qkv, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, -1);
-  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim,
-                  eps);
-  linear_backward(dnormed, acts->dqkv, &w->qkv, rows);
-  linear_gradient(&w->qkv, acts->dqkv, acts->normed, rows);
-  rmsnorm_backward(dresidual, w->dnorm1, dnormed, a.residual, a.rstd1,
-                   w->norm1, rows, dim, acts->normed);
+  rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
+  linear_backward(dnormed, acts->dqkv, acts->normed, &w->qkv, rows);
+  rmsnorm_backward(dresidual, w->dnorm1, dnormed, a.residual, a.rstd1, w->norm1,
+                   rows, dim, acts->normed);
 }
 
 /* ---- the loss ---------------------------------------------------------- */
@@ -1701,14 +1667,13 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
     }
     /* logits (n,vocab) = RMSNorm(x) (n,dim) w^T (dim,vocab) */
     rmsnorm_forward(normed, rstd, x, norm, n, dim, (real)config->norm_eps);
-    linear_forward(logits, normed, &w, n, 0);
+    linear_forward(logits, NULL, normed, &w, n);
     cross_entropy(loss, logits, target, n, vocab, grad ? scale : 0);
     for (size_t r = 0; r < n; r++)
       sum += (double)loss[r];
     if (!grad) continue;
     /* the same backwards; logits are their gradient now */
-    linear_backward(dnormed, logits, &w, n);
-    linear_gradient(&w, logits, normed, n);
+    linear_backward(dnormed, logits, normed, &w, n);
     memset(dx, 0, n * dim * sizeof *dx);
     rmsnorm_backward(dx, dnorm, dnormed, x, rstd, norm, n, dim, normed);
     for (size_t r = 0; r < n; r++)
@@ -1759,7 +1724,7 @@ static void final_logits(const TbrModel *model, TbrActs *acts, real *logits,
   rmsnorm_forward(acts->normed, acts_at(config, acts, 0).rstd1, x,
                   model->param + model->tensor[final_norm(model)].at, rows,
                   config->dim, (real)config->norm_eps);
-  linear_forward(logits, acts->normed, w, rows, 0);
+  linear_forward(logits, NULL, acts->normed, w, rows);
 }
 
 void tbr_logits(const TbrModel *model, TbrActs *acts,
@@ -1775,177 +1740,154 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 
 /* ---- low-rank adapters -------------------------------------------------- */
 
-static const char *const projection[] = {"q_proj",    "k_proj",  "v_proj",
-                                         "o_proj",    "gate_proj", "up_proj",
-                                         "down_proj"};
-enum { PROJECTIONS = sizeof projection / sizeof *projection };
-
-/* Fails unless a list divided by commas names projections alone. */
-static void targets_check(const char *list) {
-  for (size_t n; *list; list += n + (list[n] == ',')) {
-    size_t k = 0;
-    n = strcspn(list, ",");
-    while (k < PROJECTIONS && (strlen(projection[k]) != n ||
-                               strncmp(projection[k], list, n)))
-      k++;
-    if (k == PROJECTIONS)
-      tbr_fail("an adapter's target cannot be \"%.*s\"; targets are q_proj, "
-               "k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj",
-               (int)n, list);
-  }
-}
-
 void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
   TbrModel *adapter = mem_new(1, sizeof *adapter);
-  if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0))
-    tbr_fail("an adapter's rank must be from 1 to 2^20, alpha above 0");
-  targets_check(lora->targets);
+  size_t words = 1;
+  Buf targets = {0}; /* as in JSON */
+  for (const char *c = lora->targets; *c; c++) {
+    words += *c == ',';
+    buf_str(&targets, *c == ',' ? "\", \"" : (char[]){*c, 0});
+  }
+  model->lora = *lora;
+  model->lora.base = copy_string(lora->base);
+  model->lora.targets = format_string("\"%s\"", targets.s ? targets.s : "");
   adapter->config = model->config;
   adapter->tensor = mem_new(times(2, model->n_tensors), sizeof(TbrTensor));
   for (size_t i = 0; i < model->n_tensors; i++) {
     TbrTensor *base = &model->tensor[i];
-    char name[80];
-    size_t k = 0;
-    while (k < PROJECTIONS && !strstr(base->name, projection[k]))
-      k++;
-    if (k == PROJECTIONS || !strstr(lora->targets, projection[k])) continue;
-    snprintf(name, sizeof name, "base_model.model.%.*s",
-             (int)(strlen(base->name) - strlen(".weight")), base->name);
-    base->lora = adapter->n_tensors + 1;
-    model_add(adapter, name, ".lora_A.weight", lora->rank, base->columns);
-    model_add(adapter, name, ".lora_B.weight", base->rows, lora->rank);
+    if (!strstr(base->name, "_proj.weight")) continue;
+    char *name = format_string("base_model.model.%s", base->name);
+    strrchr(name, '.')[0] = 0;
+    char *word = format_string("\"%s\"", strrchr(name, '.') + 1);
+    if (strstr(model->lora.targets, word)) {
+      base->lora = adapter->n_tensors + 1;
+      model_add(adapter, name, ".lora_A.weight", lora->rank, base->columns);
+      model_add(adapter, name, ".lora_B.weight", base->rows, lora->rank);
+    }
+    free(name);
+    free(word);
   }
+  if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0) ||
+      adapter->n_tensors != 2 * words * model->config.layers)
+    tbr_fail("adapters should have a rank from 1 to 2^20, alpha above 0, and "
+             "as targets some of q_proj, k_proj, v_proj, o_proj, gate_proj, "
+             "up_proj, down_proj, not %s",
+             model->lora.targets);
   adapter->param = mem_new(adapter->n_params, sizeof *adapter->param);
-  for (size_t i = 0; i < adapter->n_tensors; i += 2) {
+  for (size_t i = 0; i < adapter->n_tensors; i += 2) { /* of A, as PEFT does */
     const TbrTensor *a = &adapter->tensor[i];
-    double bound = 1 / sqrt((double)a->columns); /* as PEFT has it */
     Rng rng = rng_stream(lora->seed, FOR_LORA, i);
-    for (size_t j = 0; j < a->rows * a->columns; j++)
-      adapter->param[a->at + j] =
-          (real)(float)(bound * (2 * rng_uniform(&rng) - 1));
+    for (size_t j = a->at; j < a[1].at; j++)
+      adapter->param[j] =
+          (real)(float)((2 * rng_uniform(&rng) - 1) / sqrt((double)a->columns));
   }
   model->adapter = adapter;
-  model->lora = *lora;
-  model->lora.base = copy_string(lora->base);
+  buf_free(&targets);
 }
 
-/* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A, whose
- * numbers are not of 16 bits, and takes them away. */
+/* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A
+ * (rank,in), whose numbers are no 16 bits, and takes them away. */
 static void lora_merge(TbrModel *model) {
-  TbrModel *adapter = model->adapter;
-  size_t rank = model->lora.rank;
   for (size_t i = 0; i < model->n_tensors; i++) {
-    TbrTensor *w = &model->tensor[i];
-    if (!w->lora) continue;
-    const TbrTensor *a = &adapter->tensor[w->lora - 1];
-    real *b = adapter->param + a[1].at;
-    for (size_t j = 0; j < w->rows * rank; j++)
-      b[j] *= (real)(model->lora.alpha / (double)rank);
-    gemm(w->rows, w->columns, rank, mat(b, rank),
-         mat(adapter->param + a->at, w->columns), 1, model->param + w->at,
-         w->columns);
-    w->lora = 0;
+    TbrTensor *tensor = &model->tensor[i];
+    if (!tensor->lora) continue;
+    Linear l = linear_at(model, NULL, i, 1);
+    real *b = l.adapters + l.part[0].b;
+    for (size_t j = 0; j < l.out * l.rank; j++)
+      b[j] *= l.scale;
+    gemm(l.out, l.in, l.rank, mat(b, l.rank),
+         mat(l.adapters + l.part[0].a, l.in), 1, model->param + tensor->at,
+         l.in);
+    tensor->lora = 0;
   }
-  tbr_model_free(adapter);
+  tbr_model_free(model->adapter);
   model->adapter = NULL;
 }
 
 /* Writes adapter_config.json. */
-static void adapter_write(const TbrModel *model, const char *directory) {
-  const TbrLora *lora = &model->lora;
+static void lora_write(const TbrLora *lora, const char *directory) {
   Buf json = {0};
   add_json(&json, "{'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', "
-                  "'bias': 'none', 'inference_mode': true");
+                  "'bias': 'none', 'init_lora_weights': true");
   json_field(&json, "base_model_name_or_path", lora->base);
-  buf_printf(&json, ", \"r\": %zu, \"lora_alpha\": %.17g, \"target_modules\": ",
-             lora->rank, lora->alpha);
-  for (size_t k = 0; k < PROJECTIONS; k++)
-    if (strstr(lora->targets, projection[k]))
-      buf_printf(&json, "%s\"%s\"", json.s[json.n - 1] == '"' ? ", " : "[",
-                 projection[k]);
-  buf_str(&json, "]}\n");
+  buf_printf(&json,
+             ", \"r\": %zu, \"lora_alpha\": %.17g, \"target_modules\": [%s]}\n",
+             lora->rank, lora->alpha, lora->targets);
   write_in(directory, "adapter_config.json", json.s, json.n);
   buf_free(&json);
 }
 
-static TbrModel *model_read(const char *path, int halves);
-
-/* Fails unless an adapter is of the plain kind. */
-static void adapter_check(const Json *json) {
-  static const char *const empty[] = {"rank_pattern", "alpha_pattern",
-                                      "init_lora_weights"};
-  json_must(json,
-            "{'peft_type':'LORA','bias':'none','use_rslora':false,'use_dora':"
-            "false,'fan_in_fan_out':false,'modules_to_save':null,"
-            "'layers_to_transform':null,'layer_replication':null,"
-            "'trainable_token_indices':null,'target_parameters':null}",
-            "adapters are \"LORA\", of the same rank and alpha on all layers, "
-            "without biases and variants");
-  for (size_t i = 0; i < 3; i++) {
-    const Json *member = json_get(json, empty[i]);
-    if (member && member->length > 0)
-      tbr_fail("%s:%zu: this \"%s\" is not supported", member->path,
-               member->line, empty[i]);
-  }
-}
-
-/* Reads a PEFT adapter's base and the adapter. */
-static TbrModel *adapter_read(const char *directory, const char *config,
-                              int halves) {
-  char *weights = path_in(directory, adapter_file);
-  Json *json = json_read(config);
+/* Reads a PEFT adapter with its base. */
+static TbrModel *lora_read(const char *directory, int halves) {
+  char *path = path_in(directory, "adapter_config.json");
+  char *weights = path_in(directory, "adapter_model.safetensors");
+  Json *json = json_read(path);
   Buf targets = {0};
-  TbrLora lora = {.alpha = json_number(json, "lora_alpha", 0)};
-  adapter_check(json);
+  json_must(
+      json,
+      "{'peft_type':'LORA','bias':'none','use_rslora':false,'use_dora':"
+      "false,'fan_in_fan_out':false,'init_lora_weights':true,"
+      "'layers_to_transform':null,'modules_to_save':null}",
+      "adapters are of \"LORA\", of one rank, without biases or variants");
   const Json *list = json_get(json, "target_modules");
-  if (!list || list->kind != JSON_ARRAY || list->length == 0)
-    tbr_fail("%s: \"target_modules\" should be a list of names", config);
+  const Json *alphas = json_get(json, "alpha_pattern");
+  if (!list || list->kind != JSON_ARRAY || (alphas && alphas->length))
+    tbr_fail("%s: \"target_modules\" should be a list, and \"alpha_pattern\" "
+             "empty",
+             path);
   for (const Json *item = list->child; item; item = item->next)
     buf_printf(&targets, ",%s", item->string ? item->string : "");
-  if (!whole(json_number(json, "r", 0), &lora.rank))
-    tbr_fail("%s: \"r\" should be a whole number", config);
-  lora.targets = targets.s + 1;
+  TbrLora lora = {.alpha = json_number(json, "lora_alpha", 0)};
+  whole(json_number(json, "r", 0), &lora.rank);
   lora.base = json_string(json, "base_model_name_or_path", "");
-  TbrModel *model = model_read(lora.base, halves);
+  lora.targets = targets.n ? targets.s + 1 : "";
+  TbrModel *model = tbr_model_load_base(lora.base, halves);
   tbr_lora_add(model, &lora);
   const TbrModel *adapter = model->adapter;
   SafeTensors *st = st_open(weights);
   if (st->n != adapter->n_tensors)
     tbr_fail("%s: has %zu tensors; %zu follow from %s", weights, st->n,
-             adapter->n_tensors, config);
-  st_read(st, adapter->tensor, st->n, &(Block){"", adapter->param}, 1);
+             adapter->n_tensors, path);
+  st_read(st, adapter->tensor, st->n,
+          &(Block){.prefix = "", .at = adapter->param}, 1);
   st_close(st);
   buf_free(&targets);
   json_free(json);
+  free(path);
   free(weights);
   return model;
 }
 
 /* ---- loading and saving ------------------------------------------------ */
 
-/* The parameters of a model, whose matrices keep the 16 bits of their file. */
-static void read_halves(TbrModel *model, const SafeTensors *st) {
-  size_t n[2] = {0}; /* numbers of vectors, of matrices */
-  for (size_t i = 0; i < model->n_tensors; i++) {
-    TbrTensor *tensor = &model->tensor[i];
-    tensor->at = n[tensor->rows > 1];
-    n[tensor->rows > 1] += tensor->rows * tensor->columns;
-  }
-  model->param = mem_raw(n[0], sizeof *model->param);
-  model->half = mem_raw(n[1], sizeof *model->half);
+/* Checks that a file has all tensors of a model, and reads them if there is
+ * memory for them; whether all matrices have the same 16 bits. */
+static void weights_read(TbrModel *model, const SafeTensors *st) {
+  const Block block = {"", model->param, model->half};
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *tensor = &model->tensor[i];
-    if (tensor->rows == 1)
-      st_read(st, tensor, 1, &(Block){"", model->param}, 1);
-    else
-      st_halves(st, tensor->name, model->half + tensor->at);
+    int type = (int)st_read(st, tensor, 1, &block, 1);
+    if (i == 0) model->half_type = type;
+    if (tensor->rows > 1 && type != model->half_type) model->half_type = F32;
   }
 }
 
-/* Reads a model; with `halves`, the matrices keep the 16 bits that they have in
- * their file, if all do. Names and shapes are checked before anything is
- * allocated by them. */
-static TbrModel *model_read(const char *path, int halves) {
+/* Memory for the parameters; with `halves`, matrices in 16 bits. */
+static void model_room(TbrModel *model, int halves) {
+  size_t n[2] = {0}; /* numbers, and those of 16 bits */
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *tensor = &model->tensor[i];
+    int half = halves && tensor->rows > 1;
+    tensor->at = n[half];
+    n[half] += tensor->rows * tensor->columns;
+  }
+  model->n_halves = n[1];
+  model->param = mem_raw(n[0], sizeof *model->param);
+  if (halves) model->half = mem_raw(n[1], sizeof *model->half);
+}
+
+/* Names and shapes are checked before anything is allocated by them. */
+TbrModel *tbr_model_load_base(const char *path, int halves) {
   if (ends_with(path, ".bin")) {
     size_t size;
     char *file = read_file(path, &size);
@@ -1966,37 +1908,22 @@ static TbrModel *model_read(const char *path, int halves) {
   if (config.layers > st->n / LAYER_TENSORS)
     tbr_fail("%s: has no tensors for %zu layers", weights, config.layers);
   TbrModel *model = model_shape(&config);
-  st_read(st, model->tensor, model->n_tensors, &(Block){"", NULL}, 1);
-  model->half_type = st_type(st, model->tensor[0].name);
-  for (size_t i = 0; i < model->n_tensors; i++)
-    if (model->tensor[i].rows > 1)
-      halves &= st_type(st, model->tensor[i].name) == (StType)model->half_type;
-  if (halves && model->half_type != F32) {
-    read_halves(model, st);
-  } else {
-    model->param = mem_raw(model->n_params, sizeof *model->param);
-    st_read(st, model->tensor, model->n_tensors, &(Block){"", model->param}, 1);
-  }
+  weights_read(model, st);
+  model_room(model, halves && model->half_type != F32);
+  weights_read(model, st);
   st_close(st);
   free(config_path);
   free(weights);
   return model;
 }
 
-TbrModel *tbr_model_load_frozen(const char *path) {
-  return model_read(path, 1);
-}
-
 TbrModel *tbr_model_load(const char *path) {
   char *config = path_in(path, "adapter_config.json");
-  TbrModel *model;
-  if (file_exists(config)) {
-    model = adapter_read(path, config, 0);
-    lora_merge(model);
-  } else {
-    model = model_read(path, 0);
-  }
+  int is_adapter = file_exists(config);
   free(config);
+  if (!is_adapter) return tbr_model_load_base(path, 0);
+  TbrModel *model = lora_read(path, 0);
+  lora_merge(model);
   return model;
 }
 
@@ -2007,14 +1934,14 @@ void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
   Buf metadata = {0};
   make_directory(directory);
   if (model->adapter)
-    adapter_write(model, directory);
+    lora_write(&model->lora, directory);
   else
     config_write(&model->config, directory, bos, eos);
   buf_str(&metadata, "{\"format\": \"pt\"");
   json_field(&metadata, "training", training);
   buf_char(&metadata, '}');
   st_write(weights, metadata.s, saved->tensor, saved->n_tensors,
-           &(Block){"", saved->param}, 1);
+           &(Block){.prefix = "", .at = saved->param}, 1);
   buf_free(&metadata);
   free(weights);
 }
@@ -2199,11 +2126,14 @@ static void trainer_mark(Trainer *trainer) {
              options->cosine, options->lr, options->last, options->beta1,
              options->beta2, options->eps, options->decay, options->clip,
              (unsigned long long)options->seed);
-  uint64_t hash = model_digest(trainer->model);
-  const TbrModel *adapter = trainer->model->adapter;
-  if (adapter) {
+  const TbrModel *model = trainer->model, *adapter = trained(model);
+  uint64_t hash =
+      tbr_digest(0, model->param, model->n_params - model->n_halves);
+  for (size_t i = 0; i < model->n_halves; i++)
+    hash = (hash * prime) ^ model->half[i];
+  if (model->adapter) {
     hash = tbr_digest(hash, adapter->param, adapter->n_params);
-    buf_printf(&text, " %.17g", trainer->model->lora.alpha);
+    buf_printf(&text, " %.17g", model->lora.alpha);
   }
   hash = hash_bytes(hash, text.s, text.n);
   buf_free(&text);
@@ -2271,9 +2201,8 @@ size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   acts_parts(&acts, config, rows, 1, part);
   for (size_t i = 0; i < ACTS; i++)
     numbers += part[i].n;
-  size_t frozen = 0;
-  if (model->adapter) frozen = model->half ? 2 : sizeof(real);
-  return times(numbers, sizeof(real)) + times(frozen, model->n_params);
+  size_t frozen = times(sizeof(real), model->n_params) - 2 * model->n_halves;
+  return times(numbers, sizeof(real)) + (model->adapter ? frozen : 0);
 }
 
 /* A training before its first step, to be freed with trainer_free; fails if
@@ -2300,9 +2229,11 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
       .model = model, .data = data, .options = options, .directory = directory};
   trainer.acts = tbr_acts_new(model, larger(rows, longest));
   trainer.grad = mem_raw(n, sizeof(real));
-  trainer.state[0] = (Block){"", trained(model)->param};
-  trainer.state[1] = (Block){"moment1.", mem_new(n, sizeof(real))};
-  trainer.state[2] = (Block){"moment2.", mem_new(n, sizeof(real))};
+  trainer.state[0] = (Block){.prefix = "", .at = trained(model)->param};
+  trainer.state[1] =
+      (Block){.prefix = "moment1.", .at = mem_new(n, sizeof(real))};
+  trainer.state[2] =
+      (Block){.prefix = "moment2.", .at = mem_new(n, sizeof(real))};
   trainer_mark(&trainer);
   buf_str(&trainer.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   return trainer;
@@ -4475,8 +4406,9 @@ static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
   return at;
 }
 
-static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
-                    const Block *block, size_t n_blocks) {
+static StType st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
+                      const Block *block, size_t n_blocks) {
+  StType type = F32;
   for (size_t i = 0; i < n * n_blocks; i++) {
     const TbrTensor *want = &tensor[i % n];
     const Block *to = &block[i / n];
@@ -4489,19 +4421,15 @@ static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                st->header->path, name, want->rows, want->columns);
     const char *from = st->data + entry.at[0];
     size_t count = entry.rows * entry.columns;
-    if (to->at) read_numbers(to->at + want->at, from, entry.type, count);
+    type = entry.type;
+    if (to->half && want->rows > 1)
+      for (size_t j = 0; j < count; j++)
+        to->half[want->at + j] = (uint16_t)little_endian(from + 2 * j, 2);
+    else if (to->at)
+      read_numbers(to->at + want->at, from, entry.type, count);
     free(name);
   }
-}
-
-static StType st_type(const SafeTensors *st, const char *name) {
-  return st_entry(json_get(st->header, name)).type;
-}
-
-static void st_halves(const SafeTensors *st, const char *name, uint16_t *to) {
-  StEntry entry = st_entry(json_get(st->header, name));
-  for (size_t i = entry.at[0]; i < entry.at[1]; i += 2)
-    *to++ = (uint16_t)little_endian(st->data + i, 2);
+  return type;
 }
 
 /* The inverse of little_endian. */
@@ -5484,13 +5412,10 @@ static Pair pair_load(const char *model, const char *tokenizer, int lora) {
   if (!*tokenizer && ends_with(model, ".bin"))
     tbr_fail("%s: a llama2.c file needs its tokenizer: --tokenizer FILE.bin",
              model);
-  Pair pair = {.model =
-                   lora ? tbr_model_load_frozen(model) : tbr_model_load(model)};
-  char *beside = path_in(model, "tokenizer.json");
-  if (!*tokenizer) tokenizer = model;
-  if (tokenizer == model && pair.model->lora.base && !file_exists(beside))
-    tokenizer = pair.model->lora.base; /* PEFT leaves it there */
-  free(beside);
+  Pair pair = {.model = lora ? tbr_model_load_base(model, 1)
+                             : tbr_model_load(model)};
+  const char *base = pair.model->lora.base;
+  if (!*tokenizer) tokenizer = base ? base : model;
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
   return pair;
 }
@@ -5603,11 +5528,10 @@ static void verb_train(const Options *options) {
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
   int widens = vocab > pair.model->config.vocab;
   if (lora.rank > 0 && widens)
-    tbr_fail("%s: has no tokens for a dialogue, and LoRA adds none; fine-tune "
-             "in full first",
+    tbr_fail("%s: lacks tokens of a dialogue, and LoRA cannot add them; train "
+             "it in full first",
              options->base);
-  if (widens)
-    pair.model = model_widen(pair.model, vocab, options->seed);
+  if (widens) pair.model = model_widen(pair.model, vocab, options->seed);
   lora.base = options->base;
   lora.seed = options->seed;
   if (lora.rank > 0) tbr_lora_add(pair.model, &lora);
@@ -5826,17 +5750,51 @@ static void verb_selftest(const Options *options) {
              expected);
 }
 
+/* Seconds that forward and backward take of n tokens, by those of one layer and
+ * of two, each in a second run. */
+static double training_seconds(const TbrModel *model, size_t n) {
+  TbrModel part = *model;
+  TbrSequences s = {0};
+  int32_t *id = mem_new(n, sizeof *id);
+  real *grad = mem_new(trained(model)->n_params, sizeof *grad);
+  double seconds[4];
+  tbr_sequences_add(&s, id, id, n);
+  for (size_t run = 0; run < 4; run++) {
+    part.config.layers = smaller(model->config.layers, 1 + run / 2);
+    TbrActs *acts = tbr_acts_new(&part, n);
+    double began = now();
+    tbr_loss(&part, acts, &s, grad, 1);
+    seconds[run] = now() - began;
+    tbr_acts_free(acts);
+  }
+  tbr_sequences_free(&s);
+  free(grad);
+  free(id);
+  double each = seconds[3] - seconds[1];
+  return seconds[1] + each * (double)(model->config.layers - 1);
+}
+
 static void verb_info(const Options *options) {
-  TbrModel *model = tbr_model_load(options->argument);
+  TbrLora lora = options->lora;
+  TbrModel *model = lora.rank > 0 ? tbr_model_load_base(options->argument, 1)
+                                  : tbr_model_load(options->argument);
   const TbrConfig *c = &model->config;
-  uint64_t digest = model_digest(model);
-  size_t bytes = tbr_training_bytes(model, options->rows);
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n",
          model->n_params, c->vocab, c->dim, c->layers, c->heads, c->kv_heads,
          c->head_dim, c->hidden, c->context, c->tied ? "tied" : "own");
-  printf("digest %016llx\ntraining takes %.0f MB at %zu rows\n",
-         (unsigned long long)digest, (double)bytes * 1e-6, options->rows);
+  if (!model->half)
+    printf("digest %016llx\n",
+           (unsigned long long)tbr_digest(0, model->param, model->n_params));
+  lora.base = options->argument;
+  if (lora.rank > 0) tbr_lora_add(model, &lora);
+  size_t tokens = smaller(256, c->context);
+  double minutes = training_seconds(model, tokens) * 1000 / 60;
+  printf("%s takes %.0f MB at %zu rows, and %.1f minutes for 1,000 examples of "
+         "%zu tokens\n",
+         lora.rank > 0 ? "LoRA" : "training",
+         (double)tbr_training_bytes(model, options->rows) * 1e-6, options->rows,
+         minutes, tokens);
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *t = &model->tensor[i];
     printf("%-48s %zu x %zu\n", t->name, t->rows, t->columns);

@@ -186,6 +186,7 @@ typedef struct TbrModel {
   size_t n_tensors, n_params;
   TbrTensor *tensor;
   tbr_real *param;
+  size_t n_halves;
   uint16_t *half; /* NULL, or its matrices in 16 bits; param: the vectors alone */
   int half_type;
   struct TbrModel *adapter; /* NULL, or A and B, which alone are trained */
@@ -203,7 +204,7 @@ void tbr_model_free(TbrModel *model);
  * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
  * with the mark of the training that made the model (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
-TbrModel *tbr_model_load_frozen(const char *path);
+TbrModel *tbr_model_load_base(const char *path, int halves);
 void tbr_lora_add(TbrModel *model, const TbrLora *lora);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training);
