@@ -764,21 +764,16 @@ typedef struct {
   Span *spans;
 } Batch;
 
-/* Of an adapter: where A (rank,in) and B (width,rank) begin, and from which
- * output on it adds to `width` outputs of a linear map. */
-typedef struct {
-  size_t a, b, from, width;
-} Adapter;
-
 /* A weight matrix W (out,in) with W^T, in generation a packed copy, and its
- * gradient; where that is NULL, W is frozen, and parts of it may have adapters,
- * which add scale x A^T B^T (LoRA: Hu et al., 2021). These lie in `adapters`,
- * their gradients in dadapters. */
+ * gradient; where that is NULL, W is frozen. Adapters of some of its outputs,
+ * `from` the first of them on, add scale x A^T B^T (LoRA: Hu et al., 2021): a
+ * is A's tensor (rank,in), a[1] B's (width,rank), in the blocks `adapters` and,
+ * of the gradient, dadapters. */
 typedef struct {
   Mat w, wt;
   real *dw, *adapters, *dadapters, scale;
-  size_t in, out, rank, parts;
-  Adapter part[3];
+  size_t in, out, rank, parts, from[3];
+  const TbrTensor *a[3];
 } Linear;
 
 /* scale x (rows,n) m (n,rank), in fresh memory (rows,rank) */
@@ -796,12 +791,13 @@ static void linear_forward(real *y, const real *residual, const real *x,
   size_t in = l->in, out = l->out, rank = l->rank;
   if (residual) memcpy(y, residual, rows * out * sizeof *y);
   gemm(rows, out, in, mat(x, in), l->wt, residual != NULL, y, out);
-  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
-    Mat at = transposed(l->adapters + part->a, in);
-    Mat bt = transposed(l->adapters + part->b, rank);
+  for (size_t i = 0; i < l->parts; i++) {
+    const TbrTensor *b = l->a[i] + 1;
+    Mat at = transposed(l->adapters + l->a[i]->at, in);
+    Mat bt = transposed(l->adapters + b->at, rank);
     /* y (rows,width) += low (rows,rank) B^T (rank,width) */
     real *low = low_rank(l, mat(x, in), at, rows, in);
-    gemm(rows, part->width, rank, mat(low, rank), bt, 1, y + part->from, out);
+    gemm(rows, b->rows, rank, mat(low, rank), bt, 1, y + l->from[i], out);
     free(low);
   }
 }
@@ -813,19 +809,20 @@ static void linear_backward(real *dx, const real *dy, const real *x,
   size_t in = l->in, out = l->out, rank = l->rank;
   gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
   if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
-  for (const Adapter *part = l->part; part < l->part + l->parts; part++) {
-    const real *a = l->adapters + part->a, *b = l->adapters + part->b;
-    const real *dy_part = dy + part->from; /* (rows,width) */
-    size_t width = part->width;
-    real *low = low_rank(l, mat(x, in), transposed(a, in), rows, in);
-    real *dlow = low_rank(l, mat(dy_part, out), mat(b, rank), rows, width);
+  for (size_t i = 0; i < l->parts; i++) {
+    size_t a = l->a[i]->at, b = l->a[i][1].at, width = l->a[i][1].rows;
+    const real *dy_part = dy + l->from[i]; /* (rows,width) */
+    Mat at = transposed(l->adapters + a, in);
+    real *low = low_rank(l, mat(x, in), at, rows, in);
+    real *dlow =
+        low_rank(l, mat(dy_part, out), mat(l->adapters + b, rank), rows, width);
     /* dx (rows,in) += dlow A; dA (rank,in) += dlow^T x; dB (width,rank) +=
      * dy^T low */
-    gemm(rows, in, rank, mat(dlow, rank), mat(a, in), 1, dx, in);
+    gemm(rows, in, rank, mat(dlow, rank), mat(l->adapters + a, in), 1, dx, in);
     gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1,
-         l->dadapters + part->a, in);
+         l->dadapters + a, in);
     gemm(width, rank, rows, transposed(dy_part, out), mat(low, rank), 1,
-         l->dadapters + part->b, rank);
+         l->dadapters + b, rank);
     free(low);
     free(dlow);
   }
@@ -1197,8 +1194,7 @@ void tbr_model_free(TbrModel *model) {
   free(model);
 }
 
-/* What of a model is trained: its adapters, if it has some; the file of that.
- */
+/* What of a model is trained: its adapters, if it has some; its file. */
 static const TbrModel *trained(const TbrModel *model) {
   return model->adapter ? model->adapter : model;
 }
@@ -1260,12 +1256,11 @@ static Linear linear_at(const TbrModel *model, real *grad, size_t first,
     l.scale = (real)(model->lora.alpha / (double)l.rank);
   }
   for (size_t i = 0; i < n; i++) {
-    size_t from = l.out, which = tensor[i].lora;
+    if (tensor[i].lora) {
+      l.a[l.parts] = &adapter->tensor[tensor[i].lora - 1];
+      l.from[l.parts++] = l.out;
+    }
     l.out += tensor[i].rows;
-    if (which == 0) continue;
-    const TbrTensor *a = &adapter->tensor[which - 1],
-                    *b = &adapter->tensor[which];
-    l.part[l.parts++] = (Adapter){a->at, b->at, from, tensor[i].rows};
   }
   return l;
 }
@@ -1742,47 +1737,40 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 
 void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
   TbrModel *adapter = mem_new(1, sizeof *adapter);
-  size_t words = 1;
-  Buf targets = {0}; /* as in JSON */
-  for (const char *c = lora->targets; *c; c++) {
-    words += *c == ',';
-    buf_str(&targets, *c == ',' ? "\", \"" : (char[]){*c, 0});
-  }
-  model->lora = *lora;
-  model->lora.base = copy_string(lora->base);
-  model->lora.targets = format_string("\"%s\"", targets.s ? targets.s : "");
+  size_t length = 0; /* of the targets that there are, with their commas */
   adapter->config = model->config;
   adapter->tensor = mem_new(times(2, model->n_tensors), sizeof(TbrTensor));
   for (size_t i = 0; i < model->n_tensors; i++) {
     TbrTensor *base = &model->tensor[i];
-    if (!strstr(base->name, "_proj.weight")) continue;
     char *name = format_string("base_model.model.%s", base->name);
-    strrchr(name, '.')[0] = 0;
-    char *word = format_string("\"%s\"", strrchr(name, '.') + 1);
-    if (strstr(model->lora.targets, word)) {
+    *strrchr(name, '.') = 0;
+    const char *word = strrchr(name, '.') + 1;
+    if (ends_with(base->name, "_proj.weight") && strstr(lora->targets, word)) {
+      length += strlen(word) + 1;
       base->lora = adapter->n_tensors + 1;
       model_add(adapter, name, ".lora_A.weight", lora->rank, base->columns);
       model_add(adapter, name, ".lora_B.weight", base->rows, lora->rank);
     }
     free(name);
-    free(word);
   }
   if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0) ||
-      adapter->n_tensors != 2 * words * model->config.layers)
+      length != (strlen(lora->targets) + 1) * model->config.layers)
     tbr_fail("adapters should have a rank from 1 to 2^20, alpha above 0, and "
-             "as targets some of q_proj, k_proj, v_proj, o_proj, gate_proj, "
-             "up_proj, down_proj, not %s",
-             model->lora.targets);
+             "as targets some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,"
+             "down_proj, not %s",
+             lora->targets);
   adapter->param = mem_new(adapter->n_params, sizeof *adapter->param);
-  for (size_t i = 0; i < adapter->n_tensors; i += 2) { /* of A, as PEFT does */
+  for (size_t i = 0; i < adapter->n_tensors; i += 2) { /* A, as PEFT does */
     const TbrTensor *a = &adapter->tensor[i];
+    double bound = 1 / sqrt((double)a->columns);
     Rng rng = rng_stream(lora->seed, FOR_LORA, i);
     for (size_t j = a->at; j < a[1].at; j++)
-      adapter->param[j] =
-          (real)(float)((2 * rng_uniform(&rng) - 1) / sqrt((double)a->columns));
+      adapter->param[j] = (real)(float)(bound * (2 * rng_uniform(&rng) - 1));
   }
   model->adapter = adapter;
-  buf_free(&targets);
+  model->lora = *lora;
+  model->lora.base = copy_string(lora->base);
+  model->lora.targets = copy_string(lora->targets);
 }
 
 /* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A
@@ -1792,12 +1780,11 @@ static void lora_merge(TbrModel *model) {
     TbrTensor *tensor = &model->tensor[i];
     if (!tensor->lora) continue;
     Linear l = linear_at(model, NULL, i, 1);
-    real *b = l.adapters + l.part[0].b;
+    real *a = l.adapters + l.a[0]->at, *b = l.adapters + l.a[0][1].at;
     for (size_t j = 0; j < l.out * l.rank; j++)
       b[j] *= l.scale;
-    gemm(l.out, l.in, l.rank, mat(b, l.rank),
-         mat(l.adapters + l.part[0].a, l.in), 1, model->param + tensor->at,
-         l.in);
+    gemm(l.out, l.in, l.rank, mat(b, l.rank), mat(a, l.in), 1,
+         model->param + tensor->at, l.in);
     tensor->lora = 0;
   }
   tbr_model_free(model->adapter);
@@ -1810,9 +1797,12 @@ static void lora_write(const TbrLora *lora, const char *directory) {
   add_json(&json, "{'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', "
                   "'bias': 'none', 'init_lora_weights': true");
   json_field(&json, "base_model_name_or_path", lora->base);
-  buf_printf(&json,
-             ", \"r\": %zu, \"lora_alpha\": %.17g, \"target_modules\": [%s]}\n",
-             lora->rank, lora->alpha, lora->targets);
+  buf_printf(&json, ", \"r\": %zu, \"lora_alpha\": %.17g, ", lora->rank,
+             lora->alpha);
+  add_json(&json, "'target_modules': ['");
+  for (const char *c = lora->targets; *c; c++)
+    buf_add(&json, *c == ',' ? "\", \"" : c, *c == ',' ? 4 : 1);
+  add_json(&json, "']}");
   write_in(directory, "adapter_config.json", json.s, json.n);
   buf_free(&json);
 }
@@ -1831,10 +1821,8 @@ static TbrModel *lora_read(const char *directory, int halves) {
       "adapters are of \"LORA\", of one rank, without biases or variants");
   const Json *list = json_get(json, "target_modules");
   const Json *alphas = json_get(json, "alpha_pattern");
-  if (!list || list->kind != JSON_ARRAY || (alphas && alphas->length))
-    tbr_fail("%s: \"target_modules\" should be a list, and \"alpha_pattern\" "
-             "empty",
-             path);
+  if (!list || (alphas && alphas->length))
+    tbr_fail("%s: needs \"target_modules\", and no \"alpha_pattern\"", path);
   for (const Json *item = list->child; item; item = item->next)
     buf_printf(&targets, ",%s", item->string ? item->string : "");
   TbrLora lora = {.alpha = json_number(json, "lora_alpha", 0)};

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 HERE = os.path.dirname(os.path.abspath(__file__))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
        "down_proj"]
-LENGTHS, STEPS, LR, DECAY, CLIP = [33, 1, 60, 18], 20, 1e-2, 0.1, 1.0
+LENGTHS, STEPS, DECAY, CLIP = [33, 1, 60, 18], 20, 0.1, 1.0
 bad = 0
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 DRIVER = r"""
 #include "../tbr.c"
-/* driver ADAPTER DATA OUT SAVED: DATA has ids and targets of sequences; writes
+/* driver ADAPTER DATA OUT SAVED RATE: DATA has ids and targets of sequences; writes
  * logits, gradients, losses and logits of the merged model, a number a line */
 static TbrSequences read_data(const char *path) {
   TbrSequences s = {0};
@@ -54,7 +54,7 @@ static void put_logits(FILE *f, const TbrModel *m, TbrActs *acts,
   free(z);
 }
 int main(int argc, char **argv) {
-  if (argc < 5) return 2;
+  if (argc < 6) return 2;
   TbrModel *m = lora_read(argv[1], 1);
   TbrSequences s = read_data(argv[2]);
   FILE *f = fopen(argv[3], "w");
@@ -69,7 +69,7 @@ int main(int argc, char **argv) {
     fprintf(f, "%s\n", t->name);
     put(f, grad + t->at, t->rows * t->columns);
   }
-  TbrTraining o = {.steps = 20, .batch = s.n, .rows = 100, .lr = 1e-2,
+  TbrTraining o = {.steps = 20, .batch = s.n, .rows = 100, .lr = atof(argv[5]),
                    .last = 1, .beta1 = 0.9, .beta2 = 0.98, .eps = 1e-8,
                    .decay = 0.1, .clip = 1};
   fprintf(f, "losses\n");
@@ -126,11 +126,12 @@ def logits_of(model, rows):
                           for ids, _ in rows])
 
 
-def run_driver(program, adapter, rows, folder):
+def run_driver(program, adapter, rows, folder, rate):
     data, out = folder + "/data.json", folder + "/out.txt"
     with open(data, "w") as f:
         json.dump(rows, f)
-    subprocess.run([program, adapter, data, out, folder + "/saved"], check=True)
+    subprocess.run([program, adapter, data, out, folder + "/saved", str(rate)],
+                   check=True)
     parts, name = {"logits": []}, "logits"
     for line in open(out):
         if line[0].isalpha() and line[:3] not in ("nan", "inf"):
@@ -141,7 +142,7 @@ def run_driver(program, adapter, rows, folder):
     return {k: torch.tensor(v) for k, v in parts.items()}
 
 
-def compare(base, program, rank, alpha, targets, folder):
+def compare(base, program, rank, alpha, targets, folder, deviation, rate):
     """An adapter made by PEFT, its matrices all random, in both."""
     what = f"{os.path.basename(base)}, rank {rank}, {len(targets)} targets"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -155,20 +156,20 @@ def compare(base, program, rank, alpha, targets, folder):
     with torch.no_grad():
         for name, p in trained:
             if "lora_B" in name:
-                p.copy_(torch.randn(p.shape) * 0.05)
+                p.copy_(torch.randn(p.shape) * deviation)
     adapter = os.path.join(folder, "adapter")
     model.save_pretrained(adapter)
     rows = [[torch.randint(0, vocab, (n,)).tolist(),
              [-1 if k % 3 == 1 else (7 * k + n) % vocab for k in range(n)]]
             for n in LENGTHS]
-    have = run_driver(program, adapter, rows, folder)
+    have = run_driver(program, adapter, rows, folder, rate)
     check(relative(have["logits"], logits_of(model, rows)), 1e-5,
           what + ": logits of PEFT's adapter")
     loss_of(model, rows).backward()
     assert len(have) == len(trained) + 3
     worst = max(relative(have[n], p.grad.flatten()) for n, p in trained)
     check(worst, 1e-4, what + ": the gradient that is worst")
-    optimizer = torch.optim.AdamW([p for _, p in trained], lr=LR,
+    optimizer = torch.optim.AdamW([p for _, p in trained], lr=rate,
                                   betas=(0.9, 0.98), eps=1e-8,
                                   weight_decay=DECAY)
     losses = []
@@ -204,10 +205,10 @@ def main():
             small(base, heads, kv_heads, tied, dtype)
             for rank, alpha, targets in ((8, 16, ALL), (1, 3, ["o_proj"]),
                                          (16, 16, ["up_proj", "v_proj"])):
-                compare(base, program, rank, alpha, targets, d)
+                compare(base, program, rank, alpha, targets, d, 0.05, 1e-2)
         if len(sys.argv) > 1:
             base = os.path.abspath(sys.argv[1])
-            compare(base, program, 8, 16, ALL, d)
+            compare(base, program, 8, 16, ALL, d, 0.005, 1e-4)
     sys.exit(bad > 0)
 
 
