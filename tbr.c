@@ -49,6 +49,8 @@
 __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
                                                 unsigned long);
 #define rename(old, new) (MoveFileExA(old, new, 1) ? 0 : -1)
+#define fseeko _fseeki64
+#define ftello _ftelli64
 #else
 #include <sys/stat.h>
 #include <unistd.h>
@@ -123,6 +125,12 @@ static void write_file(const char *path, const void *bytes, size_t n);
 static void write_in(const char *directory, const char *name, const void *bytes,
                      size_t n);
 static void make_directory(const char *path);
+
+/* Opens a file to read parts of it, and tells its size; reads n bytes at `at`.
+ */
+static FILE *part_open(const char *path, size_t *size);
+static void part_read(FILE *file, const char *path, size_t at, void *to,
+                      size_t n);
 
 /* A file being written, under a name that no other process uses. out_close
  * brings it to the disk and gives it its final name. */
@@ -335,11 +343,13 @@ static void csv_quote(Buf *out, const char *cell);
 static uint64_t little_endian(const char *bytes, size_t n);
 static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
-/* A file of safetensors; opening checks that its n tensors just fill it. */
+/* A file of safetensors; opening checks that its n tensors just fill it. Their
+ * numbers, from `data` on, are only read by st_read. */
 typedef struct {
-  char *file, *data;
+  char *path;
+  FILE *file;
   Json *header;
-  size_t n;
+  size_t data, n;
 } SafeTensors;
 static SafeTensors *st_open(const char *path);
 static void st_close(SafeTensors *st);
@@ -410,6 +420,10 @@ static void config_write(const TbrConfig *config, const char *directory,
  * where its size is what follows from that; its parameters, for a model. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
 static void bin_weights(TbrModel *model, const char *file);
+
+/* Checks that a directory has all tensors of a model, and reads them if there
+ * is memory for them. */
+static void weights_read(TbrModel *model, const char *directory);
 
 /* ======================================================================
  * PART ONE: THE METHOD
@@ -768,9 +782,10 @@ typedef struct {
  * gradient; where that is NULL, W is frozen. Adapters of some of its outputs,
  * `from` the first of them on, add scale x A^T B^T (LoRA: Hu et al., 2021): a
  * is A's tensor (rank,in), a[1] B's (width,rank), in the blocks `adapters` and,
- * of the gradient, dadapters. */
+ * of the gradient, dadapters. bias, dbias (out): NULL where there is none. */
 typedef struct {
   Mat w, wt;
+  real *bias, *dbias;
   real *dw, *adapters, *dadapters, scale;
   size_t in, out, rank, parts, from[3];
   const TbrTensor *a[3];
@@ -785,12 +800,16 @@ static real *low_rank(const Linear *l, Mat x, Mat m, size_t rows, size_t n) {
   return low;
 }
 
-/* y (rows,out) = residual (rows,out; or NULL) + x (rows,in) W^T (in,out) */
+static const real unit = 1; /* with stride 0, a matrix of ones */
+
+/* y (rows,out) = residual (rows,out; or NULL) + x (rows,in) W^T (in,out) + bias
+ */
 static void linear_forward(real *y, const real *residual, const real *x,
                            const Linear *l, size_t rows) {
   size_t in = l->in, out = l->out, rank = l->rank;
   if (residual) memcpy(y, residual, rows * out * sizeof *y);
   gemm(rows, out, in, mat(x, in), l->wt, residual != NULL, y, out);
+  if (l->bias) gemm(rows, out, 1, mat(&unit, 0), mat(l->bias, out), 1, y, out);
   for (size_t i = 0; i < l->parts; i++) {
     const TbrTensor *b = l->a[i] + 1;
     Mat at = transposed(l->adapters + l->a[i]->at, in);
@@ -809,6 +828,8 @@ static void linear_backward(real *dx, const real *dy, const real *x,
   size_t in = l->in, out = l->out, rank = l->rank;
   gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
   if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
+  if (l->dbias)
+    gemm(out, 1, rows, transposed(dy, out), mat(&unit, 0), 1, l->dbias, 1);
   for (size_t i = 0; i < l->parts; i++) {
     size_t a = l->a[i]->at, b = l->a[i][1].at, width = l->a[i][1].rows;
     const real *dy_part = dy + l->from[i]; /* (rows,width) */
@@ -1112,7 +1133,7 @@ static void cross_entropy(real *loss, real *logits, const int32_t *target,
  * classifier, which may be the embedding ("tied"). All parameters lie in one
  * block; q, k, v are neighbours and so are gate and up, so that each group is
  * one matrix product. Gradients, and AdamW's two moments, are blocks of the
- * same shape. Left out: biases, scaled rotary embedding, dropout.
+ * same shape. A Qwen 2 also has biases of q, k and v. Left out: dropout.
  * ====================================================================== */
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -1132,7 +1153,9 @@ static size_t qkv_width(const TbrConfig *c) {
 
 /* ---- parameters -------------------------------------------------------- */
 
-enum { LAYER_TENSORS = 9 };
+static size_t layer_tensors(const TbrConfig *config) {
+  return config->biased ? 12 : 9;
+}
 
 /* Adds a tensor behind the last one; its name gets a prefix. */
 static void model_add(TbrModel *model, const char *prefix, const char *name,
@@ -1156,8 +1179,8 @@ static TbrModel *model_shape(const TbrConfig *config) {
   size_t q = q_width(config), kv = kv_width(config);
   TbrModel *model = mem_new(1, sizeof *model);
   model->config = *config;
-  model->tensor =
-      mem_new(times(LAYER_TENSORS, config->layers) + 3, sizeof(TbrTensor));
+  model->tensor = mem_new(times(layer_tensors(config), config->layers) + 3,
+                          sizeof(TbrTensor));
   model_add(model, "", "model.embed_tokens.weight", vocab, dim);
   for (size_t i = 0; i < config->layers; i++) {
     char layer[40];
@@ -1166,6 +1189,11 @@ static TbrModel *model_shape(const TbrConfig *config) {
     model_add(model, layer, "self_attn.q_proj.weight", q, dim);
     model_add(model, layer, "self_attn.k_proj.weight", kv, dim);
     model_add(model, layer, "self_attn.v_proj.weight", kv, dim);
+    if (config->biased) {
+      model_add(model, layer, "self_attn.q_proj.bias", 1, q);
+      model_add(model, layer, "self_attn.k_proj.bias", 1, kv);
+      model_add(model, layer, "self_attn.v_proj.bias", 1, kv);
+    }
     model_add(model, layer, "self_attn.o_proj.weight", dim, q);
     model_add(model, layer, "post_attention_layernorm.weight", 1, dim);
     model_add(model, layer, "mlp.gate_proj.weight", hidden, dim);
@@ -1215,7 +1243,7 @@ void tbr_model_init(TbrModel *model, uint64_t seed) {
     Rng rng = rng_stream(seed, FOR_INIT, i);
     for (size_t j = 0; j < tensor->rows * tensor->columns; j++)
       if (tensor->rows == 1)
-        param[j] = 1;
+        param[j] = strstr(name, ".bias") ? 0 : 1;
       else
         param[j] = (real)(float)(deviation * rng_normal(&rng));
   }
@@ -1249,6 +1277,10 @@ static Linear linear_at(const TbrModel *model, real *grad, size_t first,
   l.wt.row_stride = 1;
   l.wt.column_stride = l.in;
   l.dw = grad_at(model, grad, first);
+  if (first + n < model->n_tensors && ends_with(tensor[n].name, ".bias")) {
+    l.bias = model->param + tensor[n].at;
+    l.dbias = grad_at(model, grad, first + n);
+  }
   if (adapter) {
     l.adapters = adapter->param;
     l.dadapters = grad;
@@ -1272,21 +1304,22 @@ typedef struct {
 } Layer;
 
 static Layer layer_at(const TbrModel *model, real *grad, size_t layer) {
-  size_t first = 1 + layer * LAYER_TENSORS;
-  return (Layer){.norm1 = model->param + model->tensor[first].at,
-                 .norm2 = model->param + model->tensor[first + 5].at,
-                 .dnorm1 = grad_at(model, grad, first),
-                 .dnorm2 = grad_at(model, grad, first + 5),
-                 .qkv = linear_at(model, grad, first + 1, 3),
-                 .out = linear_at(model, grad, first + 4, 1),
-                 .gate_up = linear_at(model, grad, first + 6, 2),
-                 .down = linear_at(model, grad, first + 8, 1)};
+  size_t norm1 = 1 + layer * layer_tensors(&model->config);
+  size_t out = norm1 + 4 + (model->config.biased ? 3 : 0), norm2 = out + 1;
+  return (Layer){.norm1 = model->param + model->tensor[norm1].at,
+                 .norm2 = model->param + model->tensor[norm2].at,
+                 .dnorm1 = grad_at(model, grad, norm1),
+                 .dnorm2 = grad_at(model, grad, norm2),
+                 .qkv = linear_at(model, grad, norm1 + 1, 3),
+                 .out = linear_at(model, grad, out, 1),
+                 .gate_up = linear_at(model, grad, norm2 + 1, 2),
+                 .down = linear_at(model, grad, norm2 + 3, 1)};
 }
 
 /* The number of the gains of the last RMSNorm; the classifier (vocab,dim): the
  * embedding itself where they are tied. */
 static size_t final_norm(const TbrModel *model) {
-  return 1 + model->config.layers * LAYER_TENSORS;
+  return 1 + model->config.layers * layer_tensors(&model->config);
 }
 static Linear classifier(const TbrModel *model, real *grad) {
   size_t last = model->n_tensors - 1;
@@ -1379,6 +1412,19 @@ static void acts_parts(TbrActs *acts, const TbrConfig *config, size_t rows,
   memcpy(part, parts, sizeof parts);
 }
 
+/* How far entry j of a head turns with each position. Where that is scaled, as
+ * Llama 3 does, turns that are slow by the original context become slower. */
+static double rope_speed(const TbrConfig *config, size_t j) {
+  const double *scale = config->rope_scale;
+  double slower = tbr_log(config->rope_theta) / (double)(config->head_dim / 2);
+  double speed = tbr_exp(-slower * (double)j), kept = 0;
+  if (!(scale[0] > 0)) return speed;
+  double turns = scale[3] * speed / 6.283185307179586;
+  if (scale[3] > 0) kept = (turns - scale[1]) / (scale[2] - scale[1]);
+  kept = fmin(fmax(kept, 0), 1);
+  return speed * (kept + (1 - kept) / scale[0]);
+}
+
 /* Memory for `rows` tokens at a time; for training, else for generation. */
 static TbrActs *acts_new(const TbrModel *model, size_t rows, int training) {
   const TbrConfig *config = &model->config;
@@ -1387,13 +1433,13 @@ static TbrActs *acts_new(const TbrModel *model, size_t rows, int training) {
   acts_parts(acts, config, rows, training, part);
   acts->block = mem_parts(part, ACTS);
   size_t half = config->head_dim / 2;
-  double slower = tbr_log(config->rope_theta) / (double)half;
-  for (size_t i = 0; i < config->context; i++)
-    for (size_t j = 0; j < half; j++) {
-      double angle = (double)i * tbr_exp(-slower * (double)j);
-      acts->cosines[i * half + j] = (real)(float)tbr_cos(angle);
-      acts->sines[i * half + j] = (real)(float)tbr_sin(angle);
+  for (size_t j = 0; j < half; j++) {
+    double speed = rope_speed(config, j);
+    for (size_t i = 0; i < config->context; i++) {
+      acts->cosines[i * half + j] = (real)(float)tbr_cos((double)i * speed);
+      acts->sines[i * half + j] = (real)(float)tbr_sin((double)i * speed);
     }
+  }
   return acts;
 }
 
@@ -1543,7 +1589,7 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
   size_t rows = batch->rows, dim = config->dim;
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
-  /* qkv (rows,qkv) = rope(RMSNorm(residual) (rows,dim) W_qkv^T (dim,qkv)) */
+  /* qkv (rows,qkv) = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias (qkv)) */
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
   linear_forward(a.qkv, NULL, acts->normed, &w->qkv, rows);
   rope(a.qkv, w->qkv.out, config->heads + config->kv_heads, config->head_dim,
@@ -1589,7 +1635,7 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   /* attended = attention(qkv) */
   memset(acts->dqkv, 0, rows * qkv * sizeof(real));
   attend_backward(config, acts->dqkv, dattended, a.qkv, batch);
-  /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv)) */
+  /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias) */
   rope(acts->dqkv, qkv, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, -1);
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
@@ -1848,18 +1894,6 @@ static TbrModel *lora_read(const char *directory, int halves) {
 
 /* ---- loading and saving ------------------------------------------------ */
 
-/* Checks that a file has all tensors of a model, and reads them if there is
- * memory for them; whether all matrices have the same 16 bits. */
-static void weights_read(TbrModel *model, const SafeTensors *st) {
-  const Block block = {"", model->param, model->half};
-  for (size_t i = 0; i < model->n_tensors; i++) {
-    const TbrTensor *tensor = &model->tensor[i];
-    int type = (int)st_read(st, tensor, 1, &block, 1);
-    if (i == 0) model->half_type = type;
-    if (tensor->rows > 1 && type != model->half_type) model->half_type = F32;
-  }
-}
-
 /* Memory for the parameters; with `halves`, matrices in 16 bits. */
 static void model_room(TbrModel *model, int halves) {
   size_t n[2] = {0}; /* numbers, and those of 16 bits */
@@ -1886,22 +1920,16 @@ TbrModel *tbr_model_load_base(const char *path, int halves) {
     return model;
   }
   char *config_path = path_in(path, "config.json");
-  char *weights = path_in(path, "model.safetensors");
   if (!file_exists(config_path))
     tbr_fail("%s: is no model: neither a directory with a config.json nor a "
              "llama2.c file that ends in .bin",
              path);
   TbrConfig config = config_read(config_path);
-  SafeTensors *st = st_open(weights);
-  if (config.layers > st->n / LAYER_TENSORS)
-    tbr_fail("%s: has no tensors for %zu layers", weights, config.layers);
   TbrModel *model = model_shape(&config);
-  weights_read(model, st);
+  weights_read(model, path);
   model_room(model, halves && model->half_type != F32);
-  weights_read(model, st);
-  st_close(st);
+  weights_read(model, path);
   free(config_path);
-  free(weights);
   return model;
 }
 
@@ -3087,6 +3115,8 @@ static void config_check(const TbrConfig *config, const char *where) {
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
              "be a multiple of the second",
              where, config->heads, config->kv_heads);
+  if (config->layers > 4096)
+    tbr_fail("%s: %zu layers are more than 4096", where, config->layers);
   if (config->head_dim > limit / config->heads)
     tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
              config->heads, config->head_dim, limit);
@@ -3101,19 +3131,68 @@ static void config_print(Buf *text, const TbrConfig *config) {
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(text, "%zu ", *config_at(config, i));
   buf_printf(text, "%.17g %.17g ", config->rope_theta, config->norm_eps);
+  for (size_t i = 0; config->rope_scale[0] > 0 && i < 4; i++)
+    buf_printf(text, "%.17g ", config->rope_scale[i]);
+}
+
+/* The families of models, and whether q, k and v have biases there; of two that
+ * are alike, models are written as of the first. */
+static const struct {
+  const char *type, *architecture;
+  int biased;
+} family[] = {{"llama", "LlamaForCausalLM", 0},
+              {"qwen2", "Qwen2ForCausalLM", 1},
+              {"mistral", "MistralForCausalLM", 0}};
+enum { FAMILIES = sizeof family / sizeof *family };
+
+/* The kinds of rotary embedding, and how many of rope_key each needs. */
+static const char *const rope_type[] = {"default", "linear", "llama3"};
+static const size_t rope_needs[] = {0, 1, 4};
+static const char *const rope_key[] = {"factor", "low_freq_factor",
+                                       "high_freq_factor",
+                                       "original_max_position_embeddings"};
+
+/* Reads what says how rotary embedding is done, in its older or newer place. */
+static void rope_read(TbrConfig *config, const Json *json) {
+  double theta = json_number(json, "rope_theta", 10000), *to;
+  const Json *rope = json_get(json, "rope_scaling");
+  if (!json_get(rope, "factor")) rope = json_get(json, "rope_parameters");
+  config->rope_theta = json_number(rope, "rope_theta", theta);
+  const char *type = json_string(rope, "type", "default");
+  type = json_string(rope, "rope_type", type);
+  size_t kind = 0;
+  while (kind < 3 && strcmp(type, rope_type[kind]))
+    kind++;
+  if (kind == 3 || json_number(rope, "partial_rotary_factor", 1) < 1)
+    tbr_fail("%s:%zu: rotary embedding of type \"%s\" is not supported; "
+             "default, linear and llama3 are, of the whole head",
+             rope->path, rope->line, type);
+  for (size_t i = 0; i < rope_needs[kind]; i++) {
+    to = &config->rope_scale[i];
+    *to = json_number(rope, rope_key[i], 0);
+    if (!(*to > 0) || (i == 2 && *to <= to[-1]))
+      tbr_fail("%s:%zu: \"%s\" should be above 0, and the high factor above "
+               "the low one",
+               rope->path, rope->line, rope_key[i]);
+  }
 }
 
 static TbrConfig config_read(const char *path) {
   Json *json = json_read(path);
-  const Json *rope = json_get(json, "rope_parameters");
   TbrConfig config = {.tied = json_true(json, "tie_word_embeddings")};
+  const char *type = json_string(json, "model_type", "");
+  size_t kind = 0;
+  while (kind < FAMILIES && strcmp(type, family[kind].type))
+    kind++;
+  if (kind == FAMILIES)
+    tbr_fail("%s: this \"model_type\" is not supported; models of \"llama\" "
+             "are, \"mistral\" and \"qwen2\", but not \"%s\"",
+             path, type);
+  config.biased = family[kind].biased;
   json_must(json,
-            "{'model_type':'llama','hidden_act':'silu','attention_bias':"
-            "false,'mlp_bias':false,'rope_scaling':null}",
-            "models of \"llama\" are, with \"silu\", without biases, and "
-            "without scaled rotary embedding");
-  if (strcmp(json_string(rope, "rope_type", "default"), "default"))
-    tbr_fail("%s: scaled rotary embedding is not supported", path);
+            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false}",
+            "models of \"llama\" are, with \"silu\", without biases");
+  rope_read(&config, json);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
     double number = json_number(json, key, config_size[i].otherwise);
@@ -3124,8 +3203,11 @@ static TbrConfig config_read(const char *path) {
   if (!config.head_dim && config.heads)
     config.head_dim = config.dim / config.heads;
   config.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
-  double theta = json_number(json, "rope_theta", 10000); /* its older place */
-  config.rope_theta = json_number(rope, "rope_theta", theta);
+  /* Where attention is to a sliding window, that is all that may be used. */
+  double window = json_number(json, "sliding_window", 0);
+  const Json *slides = json_get(json, "use_sliding_window");
+  if (slides && slides->kind != JSON_TRUE) window = 0;
+  if (window > 0) config.context = smaller(config.context, (size_t)window);
   json_free(json);
   config_check(&config, path);
   return config;
@@ -3135,26 +3217,71 @@ static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos) {
   const char *tied = config->tied ? "true" : "false";
   double theta = config->rope_theta;
-  Buf json = {0};
-  buf_str(&json, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
-                 "  \"model_type\": \"llama\",\n");
+  const double *scale = config->rope_scale;
+  size_t kind = (scale[0] > 0) + (size_t)(scale[3] > 0), which = 0;
+  Buf json = {0}, rope = {0};
+  while (family[which].biased != config->biased)
+    which++;
+  buf_printf(&json,
+             "{\n  \"architectures\": [\"%s\"],\n"
+             "  \"model_type\": \"%s\",\n",
+             family[which].architecture, family[which].type);
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(&json, "  \"%s\": %zu,\n", config_size[i].key,
                *config_at(config, i));
+  buf_printf(&rope, "{\"rope_type\": \"%s\", \"rope_theta\": %.17g",
+             rope_type[kind], theta);
+  for (size_t i = 0; i < rope_needs[kind]; i++)
+    buf_printf(&rope, ", \"%s\": %.17g", rope_key[i], scale[i]);
+  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s},\n", rope.s);
   buf_printf(&json,
              "  \"rms_norm_eps\": %.9g,\n  \"rope_theta\": %.17g,\n"
-             "  \"rope_parameters\": {\"rope_type\": \"default\", "
-             "\"rope_theta\": %.17g},\n  \"tie_word_embeddings\": %s,\n"
+             "  \"rope_parameters\": %s},\n  \"tie_word_embeddings\": %s,\n"
              "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
              "  \"mlp_bias\": false,\n  \"dtype\": \"float32\",\n"
              "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
-             config->norm_eps, theta, theta, tied, (long)bos, (long)eos);
+             config->norm_eps, theta, rope.s, tied, (long)bos, (long)eos);
   write_in(directory, "config.json", json.s, json.n);
   buf_clear(&json);
   buf_printf(&json, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n",
              (long)bos, (long)eos);
   write_in(directory, "generation_config.json", json.s, json.n);
   buf_free(&json);
+  buf_free(&rope);
+}
+
+/* In shards, an index says which tensor is in which file. */
+static void weights_read(TbrModel *model, const char *directory) {
+  char *path = path_in(directory, "model.safetensors");
+  char *index_path = format_string("%s.index.json", path);
+  int in_shards = file_exists(index_path) && !file_exists(path);
+  Json *index = in_shards ? json_read(index_path) : NULL;
+  SafeTensors *st = NULL;
+  const Block block = {"", model->param, model->half};
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    if (in_shards) {
+      const Json *map = json_get(index, "weight_map");
+      const char *name = json_string(map, tensor->name, "");
+      if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
+        tbr_fail("%s: should have a \"weight_map\" with the .safetensors file "
+                 "of this directory in which \"%s\" is",
+                 index_path, tensor->name);
+      free(path);
+      path = path_in(directory, name);
+    }
+    if (!st || strcmp(st->path, path)) {
+      st_close(st);
+      st = st_open(path);
+    }
+    int type = (int)st_read(st, tensor, 1, &block, 1);
+    if (i == 0) model->half_type = type;
+    if (tensor->rows > 1 && type != model->half_type) model->half_type = F32;
+  }
+  st_close(st);
+  json_free(index);
+  free(path);
+  free(index_path);
 }
 
 /* ---- llama2.c's files: seven sizes, then float32 tensors --------------- */
@@ -4332,25 +4459,9 @@ static int st_order(const void *a, const void *b) {
   return (left->at[k] > right->at[k]) - (left->at[k] < right->at[k]);
 }
 
-static SafeTensors *st_open(const char *path) {
-  SafeTensors *st = mem_new(1, sizeof *st);
-  size_t size, at = 0;
-  st->file = read_file(path, &size);
-  uint64_t length = UINT64_MAX; /* of the header */
-  if (size >= 8) length = little_endian(st->file, 8);
-  if (length > 100000000 || length > size - 8)
-    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
-             "the file's %zu (is this safetensors?)",
-             path, size);
-  size_t n = (size_t)length, data_size = size - 8 - n;
-  st->data = st->file + 8 + n;
-  /* The header moves to the front, so that a 0 can stand at its end. */
-  memmove(st->file, st->file + 8, n);
-  st->file[n] = 0;
-  st->header = json_parse(st->file, n, path, 1);
-  if (st->header->kind != JSON_OBJECT)
-    tbr_fail("%s: its header should be a JSON object", path);
-  /* The tensors, in their order in the file, should fill it. */
+/* The tensors, in their order in the file, should fill `size` bytes of data. */
+static void st_check(SafeTensors *st, size_t size) {
+  size_t at = 0;
   StEntry *entry = mem_raw(st->header->length, sizeof *entry);
   for (const Json *member = st->header->child; member; member = member->next)
     if (strcmp(member->key, "__metadata__")) entry[st->n++] = st_entry(member);
@@ -4358,19 +4469,47 @@ static SafeTensors *st_open(const char *path) {
   for (size_t i = 0; i < st->n; i++) {
     if (entry[i].at[0] != at)
       tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
-               path, entry[i].name, entry[i].at[0], at);
+               st->path, entry[i].name, entry[i].at[0], at);
     at = entry[i].at[1];
   }
-  if (at != data_size)
-    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at,
-             data_size, data_size < at ? " (is the file truncated?)" : "");
+  if (at != size)
+    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", st->path, at,
+             size, size < at ? " (is the file truncated?)" : "");
   free(entry);
+}
+
+static SafeTensors *st_open(const char *path) {
+  SafeTensors *st = mem_new(1, sizeof *st);
+  char start[8] = {0};
+  size_t size;
+  FILE *file = part_open(path, &size);
+  part_read(file, path, 0, start, smaller(size, 8));
+  uint64_t length = little_endian(start, 8); /* of the header */
+  int fits = size >= 8 && length <= 100000000 && length <= size - 8;
+  size_t n = fits ? (size_t)length : 0;
+  char *text = mem_new(n + 1, 1);
+  part_read(file, path, 8, text, n);
+  fclose(file); /* which nobody could, once something fails */
+  if (!fits)
+    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
+             "the file's %zu (is this safetensors?)",
+             path, size);
+  st->path = copy_string(path);
+  st->data = 8 + n;
+  st->header = json_parse(text, n, st->path, 1);
+  free(text);
+  if (st->header->kind != JSON_OBJECT)
+    tbr_fail("%s: its header should be a JSON object", path);
+  st_check(st, size - st->data);
+  st->file = part_open(path, &size);
   return st;
 }
 
 static void st_close(SafeTensors *st) {
+  if (!st) return;
+  fclose(st->file);
   json_free(st->header);
-  free(st->file);
+  free(st->path);
   free(st);
 }
 
@@ -4394,28 +4533,42 @@ static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
   return at;
 }
 
+/* Finds a tensor, its name behind a prefix; fails if its shape is another. */
+static StEntry st_find(const SafeTensors *st, const char *prefix,
+                       const TbrTensor *want) {
+  char *name = format_string("%s%s", prefix, want->name);
+  const Json *member = json_get(st->header, name);
+  StEntry entry = {0};
+  if (member) entry = st_entry(member);
+  if (entry.rows != want->rows || entry.columns != want->columns)
+    tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", st->path,
+             name, want->rows, want->columns);
+  free(name);
+  return entry;
+}
+
 static StType st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                       const Block *block, size_t n_blocks) {
+  char piece[1 << 14];
   StType type = F32;
   for (size_t i = 0; i < n * n_blocks; i++) {
-    const TbrTensor *want = &tensor[i % n];
     const Block *to = &block[i / n];
-    char *name = format_string("%s%s", to->prefix, want->name);
-    const Json *member = json_get(st->header, name);
-    StEntry entry = {0};
-    if (member) entry = st_entry(member);
-    if (entry.rows != want->rows || entry.columns != want->columns)
-      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers",
-               st->header->path, name, want->rows, want->columns);
-    const char *from = st->data + entry.at[0];
-    size_t count = entry.rows * entry.columns;
+    const TbrTensor *want = &tensor[i % n];
+    StEntry entry = st_find(st, to->prefix, want);
+    size_t number = want->at;
     type = entry.type;
-    if (to->half && want->rows > 1)
-      for (size_t j = 0; j < count; j++)
-        to->half[want->at + j] = (uint16_t)little_endian(from + 2 * j, 2);
-    else if (to->at)
-      read_numbers(to->at + want->at, from, entry.type, count);
-    free(name);
+    for (size_t at = entry.at[0]; to->at && at < entry.at[1];) {
+      size_t part = smaller(entry.at[1] - at, sizeof piece);
+      size_t count = part / st_size[type];
+      part_read(st->file, st->path, st->data + at, piece, part);
+      if (to->half && want->rows > 1)
+        for (size_t j = 0; j < count; j++)
+          to->half[number + j] = (uint16_t)little_endian(piece + 2 * j, 2);
+      else
+        read_numbers(to->at + number, piece, type, count);
+      number += count;
+      at += part;
+    }
   }
   return type;
 }
@@ -5080,6 +5233,21 @@ static char *read_file(const char *path, size_t *n) {
   text.s[text.n] = 0;
   if (n) *n = text.n;
   return text.s;
+}
+
+static FILE *part_open(const char *path, size_t *size) {
+  FILE *file = fopen(path, "rb");
+  if (!file || fseeko(file, 0, SEEK_END))
+    tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
+  *size = (size_t)ftello(file);
+  return file;
+}
+
+static void part_read(FILE *file, const char *path, size_t at, void *to,
+                      size_t n) {
+  if (fseeko(file, (int64_t)at, SEEK_SET) || fread(to, 1, n, file) != n)
+    tbr_fail("%s: %zu bytes at %zu cannot be read: %s", path, n, at,
+             ferror(file) ? strerror(errno) : "it has become shorter");
 }
 
 static void make_directory(const char *path) {

@@ -159,7 +159,11 @@ void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
 typedef struct {
   size_t vocab, dim, layers, heads, kv_heads, head_dim, hidden, context;
   double rope_theta, norm_eps;
-  int tied; /* 1: the classifier is the embedding */
+  int tied;   /* 1: the classifier is the embedding */
+  int biased; /* 1: queries, keys and values have biases, as in Qwen 2 */
+  /* Where rotary embedding is scaled: the factor; and for Llama 3's way, low
+   * and high frequency factor and original context. All 0: it isn't. */
+  double rope_scale[4];
 } TbrConfig;
 
 /* One tensor: its Hugging Face name, its shape (rows 1: a vector of columns)
@@ -180,7 +184,8 @@ typedef struct {
   uint64_t seed;       /* of A; B begins as zeros */
 } TbrLora;
 
-/* A Llama (Touvron et al., 2023) with its n_params parameters in one block. */
+/* A Llama (Touvron et al., 2023), or one of its kin, with its n_params
+ * parameters in one block. */
 typedef struct TbrModel {
   TbrConfig config;
   size_t n_tensors, n_params;
@@ -200,7 +205,8 @@ TbrModel *tbr_model_new(const TbrConfig *config);
 void tbr_model_init(TbrModel *model, uint64_t seed);
 void tbr_model_free(TbrModel *model);
 
-/* Reads a Hugging Face directory (config.json, model.safetensors), or
+/* Reads a Hugging Face directory (config.json, model.safetensors or shards) of
+ * a Llama, Qwen 2 or Mistral (its context cut to the sliding window), or
  * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
  * with the mark of the training that made the model (NULL: none). */
 TbrModel *tbr_model_load(const char *path);

@@ -228,7 +228,7 @@ static void test_safetensors(void) {
   in_folder("t.safetensors");
   st_write(file_name, "{\"format\": \"pt\"}", out, 3, block, 2);
   SafeTensors *st = st_open(file_name);
-  CHECK(st->n == 6 && (st->data - st->file) % 8 == 0);
+  CHECK(st->n == 6 && st->data % 8 == 0);
   CHECK(!strcmp(json_string(json_get(st->header, "__metadata__"), "format",
                             ""), "pt"));
   CHECK(st_entry(json_get(st->header, "one")).type == F32);

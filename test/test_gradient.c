@@ -5,11 +5,13 @@
 
 enum { VOCAB = 17, LONGEST = 100 }; /* longer than one block of attention */
 
+/* With three heads, it has biases, and scaled rotary embedding. */
 static TbrModel *random_model(size_t heads, size_t kv_heads, int tied) {
   TbrConfig c = {.vocab = VOCAB, .dim = 8, .layers = 2, .heads = heads,
                  .kv_heads = kv_heads, .head_dim = 4, .hidden = 10,
                  .context = 120, .rope_theta = 50, .norm_eps = 1e-5,
-                 .tied = tied};
+                 .tied = tied, .biased = heads == 3,
+                 .rope_scale = {heads == 3 ? 4 : 0, 1, 3, 60}};
   TbrModel *m = tbr_model_new(&c);
   Rng r = rng_stream(heads, FOR_INIT, kv_heads);
   tbr_model_init(m, 5);
