@@ -1223,7 +1223,7 @@ void tbr_model_free(TbrModel *model) {
 }
 
 /* What of a model is trained: its adapters, if it has some; its file. */
-static const TbrModel *trained(const TbrModel *model) {
+static const TbrModel *learner(const TbrModel *model) {
   return model->adapter ? model->adapter : model;
 }
 static const char *weights_file(const TbrModel *model) {
@@ -1945,7 +1945,7 @@ TbrModel *tbr_model_load(const char *path) {
 
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training) {
-  const TbrModel *saved = trained(model);
+  const TbrModel *saved = learner(model);
   char *weights = path_in(directory, weights_file(model));
   Buf metadata = {0};
   make_directory(directory);
@@ -2035,7 +2035,7 @@ static void adamw(const Trainer *trainer, double rate, real shrink) {
   real size = (real)(rate / fix1), root_fix2 = (real)sqrt(fix2);
   const Block *state = trainer->state;
   real *w = state[0].at, *m = state[1].at, *v = state[2].at;
-  const TbrModel *model = trained(trainer->model);
+  const TbrModel *model = learner(trainer->model);
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *tensor = &model->tensor[i];
     size_t from = tensor->at, to = from + tensor->rows * tensor->columns;
@@ -2085,7 +2085,7 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
   double scale = 1.0 / (double)targets, loss = 0;
   /* Gather sequences, and add up the gradient whenever memory is full. */
   TbrSequences part = {0};
-  memset(grad, 0, trained(model)->n_params * sizeof *grad);
+  memset(grad, 0, learner(model)->n_params * sizeof *grad);
   *tokens = 0;
   for (size_t i = 0; i < batch; i++) {
     size_t sequence = draw_sequence(trainer, drawn + i);
@@ -2107,7 +2107,7 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
 static double train_step(Trainer *trainer, size_t *tokens) {
   const TbrTraining *options = trainer->options;
   double loss = batch_gradient(trainer, tokens);
-  size_t n_params = trained(trainer->model)->n_params;
+  size_t n_params = learner(trainer->model)->n_params;
   double norm = gradient_norm(trainer->grad, n_params);
   double rate = options->lr * schedule(options, trainer->step);
   if (!(loss < 1e30 && norm < 1e30)) /* NaN is not, either */
@@ -2142,7 +2142,7 @@ static void trainer_mark(Trainer *trainer) {
              options->cosine, options->lr, options->last, options->beta1,
              options->beta2, options->eps, options->decay, options->clip,
              (unsigned long long)options->seed);
-  const TbrModel *model = trainer->model, *adapter = trained(model);
+  const TbrModel *model = trainer->model, *adapter = learner(model);
   uint64_t hash =
       tbr_digest(0, model->param, model->n_params - model->n_halves);
   for (size_t i = 0; i < model->n_halves; i++)
@@ -2166,7 +2166,7 @@ static void trainer_mark(Trainer *trainer) {
 
 /* Writes a checkpoint. */
 static void trainer_save(const Trainer *trainer) {
-  const TbrModel *model = trained(trainer->model);
+  const TbrModel *model = learner(trainer->model);
   char *path = path_in(trainer->directory, state_file);
   Buf metadata = {0};
   buf_printf(&metadata, "{\"training\": \"%s\", \"step\": \"%zu\"",
@@ -2182,7 +2182,7 @@ static void trainer_save(const Trainer *trainer) {
 /* Takes the first n_blocks of the state from a file of the directory, if it
  * is of this very training; returns whether it is. */
 static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
-  const TbrModel *model = trained(trainer->model);
+  const TbrModel *model = learner(trainer->model);
   char *path = path_in(trainer->directory, file);
   int is_own = file_exists(path);
   if (is_own) {
@@ -2209,7 +2209,7 @@ static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
 size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   const TbrConfig *config = &model->config;
   size_t scratch = attention_scratch(smaller(rows, config->context));
-  size_t numbers = times(4, trained(model)->n_params) +
+  size_t numbers = times(4, learner(model)->n_params) +
                    (size_t)threads() * scratch +
                    LOSS_ROWS * (4 * config->dim + config->vocab);
   TbrActs acts;
@@ -2233,7 +2233,7 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
     tbr_fail("steps and batch must be at least 1");
   if (!(options->lr > 0) || !betas_fit)
     tbr_fail("learning rate must be above 0, and betas within 0 and 1");
-  size_t n = trained(model)->n_params, longest = 0;
+  size_t n = learner(model)->n_params, longest = 0;
   for (size_t i = 0; i < data->n; i++) {
     longest = larger(longest, data->first[i + 1] - data->first[i]);
     if (count_targets(data, i) == 0)
@@ -2245,7 +2245,7 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
       .model = model, .data = data, .options = options, .directory = directory};
   trainer.acts = tbr_acts_new(model, larger(rows, longest));
   trainer.grad = mem_raw(n, sizeof(real));
-  trainer.state[0] = (Block){.prefix = "", .at = trained(model)->param};
+  trainer.state[0] = (Block){.prefix = "", .at = learner(model)->param};
   trainer.state[1] =
       (Block){.prefix = "moment1.", .at = mem_new(n, sizeof(real))};
   trainer.state[2] =
@@ -4590,7 +4590,7 @@ static void st_write(const char *path, const char *metadata,
     const TbrTensor *one = &tensor[i % n];
     buf_printf(&header, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
                block[i / n].prefix, one->name);
-    if (one->rows > 1 || strstr(one->name, "lora_"))
+    if (one->rows != 1 || strstr(one->name, "lora_"))
       buf_printf(&header, "%zu, ", one->rows);
     buf_printf(&header, "%zu], \"data_offsets\": [%zu, ", one->columns, at);
     at += 4 * one->rows * one->columns;
@@ -5912,7 +5912,7 @@ static double training_seconds(const TbrModel *model, size_t n) {
   TbrModel part = *model;
   TbrSequences s = {0};
   int32_t *id = mem_new(n, sizeof *id);
-  real *grad = mem_new(trained(model)->n_params, sizeof *grad);
+  real *grad = mem_new(learner(model)->n_params, sizeof *grad);
   double seconds[4];
   tbr_sequences_add(&s, id, id, n);
   for (size_t run = 0; run < 4; run++) {
