@@ -1,6 +1,7 @@
 """Compares tbr's LoRA with PEFT's on PyTorch.
 
   python3 lora.py [MODEL]         needs torch, transformers, peft
+  python3 lora.py --golden        makes golden/adapter, for test_model.c
 
 Not part of `make test`. On small random models, and on MODEL, a directory: the
 logits and the gradient of every tensor of an adapter that PEFT saved, the
@@ -12,6 +13,7 @@ import json, os, subprocess, sys, tempfile, warnings
 warnings.filterwarnings("ignore")
 import torch, transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -192,6 +194,30 @@ def compare(base, program, rank, alpha, targets, folder, deviation, rate):
           what + ": logits of the merged model")
 
 
+def golden():
+    """An adapter on golden/model, with its logits and gradients."""
+    os.chdir(HERE)
+    model = AutoModelForCausalLM.from_pretrained("golden/model")
+    torch.manual_seed(6)
+    model = get_peft_model(model, LoraConfig(
+        r=3, lora_alpha=5, target_modules=["v_proj", "o_proj", "gate_proj"]))
+    named = [(n.replace(".default", ""), p)
+             for n, p in model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for _, p in named:
+            p.copy_(0.3 * torch.randn(p.shape))
+    model.save_pretrained("golden/adapter")
+    os.remove("golden/adapter/README.md")
+    model.double()
+    ids = torch.randint(0, 53, (23,)).tolist()
+    rows = [[ids, [(7 * k) % 53 for k in ids]]]
+    loss_of(model, rows).backward()
+    keep = {n: p.grad.float().contiguous() for n, p in named}
+    keep["logits"] = logits_of(model, rows).float()
+    keep["ids"] = torch.tensor(ids).float()
+    save_file(keep, "golden/adapter.safetensors")
+
+
 def main():
     with tempfile.TemporaryDirectory() as d:
         program = os.path.join(d, "driver")
@@ -213,4 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    golden() if sys.argv[1:] == ["--golden"] else main()

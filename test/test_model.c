@@ -174,6 +174,84 @@ static void test_family(const char *name, const char *directory) {
   free(path);
 }
 
+/* An adapter that PEFT saved: its logits, its gradients, and merged. */
+static void test_adapter(const char *directory) {
+  golden_model = "adapter";
+  char *path = path_in(golden, "adapter");
+  TbrModel *m = lora_read(path, 0), *merged = tbr_model_load(path);
+  size_t n, tokens;
+  real *ids = read_golden("ids", &tokens), *want = read_golden("logits", &n);
+  real *z = mem_raw(n, sizeof *z);
+  real *grad = mem_new(m->adapter->n_params, sizeof *grad);
+  int32_t id[40], target[40];
+  for (size_t i = 0; i < tokens; i++) {
+    id[i] = (int32_t)ids[i];
+    target[i] = 7 * id[i] % 53;
+  }
+  TbrSequences s = {0};
+  tbr_sequences_add(&s, id, target, tokens);
+  TbrActs *acts = tbr_acts_new(m, tokens);
+  EQUAL(n, tokens * m->config.vocab);
+  EQUAL(m->adapter->n_tensors, 12u);
+  tbr_logits(m, acts, &s, z);
+  compare("logits with an adapter", z, want, n, 1e-5);
+  tbr_logits(merged, acts, &s, z);
+  compare("logits of the merged model", z, want, n, 1e-5);
+  tbr_loss(m, acts, &s, grad, 1.0 / (double)tokens);
+  compare_all(m->adapter, grad, "", 1e-4);
+  /* What tbr saves is the same adapter. */
+  char *saved = path_in(directory, "adapter");
+  tbr_model_save(m, saved, 1, 2, NULL);
+  TbrModel *again = lora_read(saved, 0);
+  BITS(again->adapter->param, m->adapter->param, m->adapter->n_params);
+  SAME(again->lora.base, m->lora.base);
+  NEAR(again->lora.alpha, m->lora.alpha, 0);
+  FAILS(tbr_model_load_base(saved, 1), "is no model");
+  tbr_acts_free(acts);
+  tbr_sequences_free(&s);
+  free(ids), free(want), free(z), free(grad), free(path), free(saved);
+  tbr_model_free(m), tbr_model_free(merged), tbr_model_free(again);
+}
+
+/* What this adapter's file says is refused, once `old` there is `new`. */
+static void bad_adapter(const char *directory, const char *old,
+                        const char *new, const char *words) {
+  char *from = path_in(golden, "adapter"), *to = path_in(directory, "bad");
+  char *config = path_in(from, "adapter_config.json");
+  char *weights = path_in(from, "adapter_model.safetensors");
+  size_t n;
+  char *text = read_file(config, NULL), *bytes = read_file(weights, &n);
+  char *at = strstr(text, old);
+  CHECK(at);
+  Buf changed = {0};
+  buf_add(&changed, text, (size_t)(at - text));
+  buf_str(&changed, new);
+  buf_str(&changed, at + strlen(old));
+  make_directory(to);
+  write_in(to, "adapter_config.json", changed.s, changed.n);
+  write_in(to, "adapter_model.safetensors", bytes, n);
+  FAILS(tbr_model_load(to), words);
+  buf_free(&changed);
+  free(from), free(to), free(config), free(weights), free(text), free(bytes);
+}
+
+static void test_bad_adapters(const char *directory) {
+  bad_adapter(directory, "\"use_rslora\": false", "\"use_rslora\": true",
+              "use_rslora");
+  bad_adapter(directory, "\"use_dora\": false", "\"use_dora\": true",
+              "use_dora");
+  bad_adapter(directory, "\"bias\": \"none\"", "\"bias\": \"all\"", "bias");
+  bad_adapter(directory, "\"alpha_pattern\": {}",
+              "\"alpha_pattern\": {\"v_proj\": 2}", "alpha_pattern");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 4", "4 x 20");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 0", "rank from 1");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 1e300", "rank from 1");
+  bad_adapter(directory, "\"v_proj\"", "\"lm_head\"", "targets");
+  bad_adapter(directory, "\"v_proj\"", "\"xv_proj\"", "targets");
+  bad_adapter(directory, "\"v_proj\"", "7", "targets");
+  bad_adapter(directory, "golden/model", "golden/nowhere", "is no model");
+}
+
 int main(int argc, char **argv) {
   const char *folder = check_folder(argc, argv);
   if (argc > 2) golden = argv[2];
@@ -187,6 +265,8 @@ int main(int argc, char **argv) {
   test_ten_steps(m, &s, directory);
   test_family("qwen2", directory);
   test_family("llama3", directory);
+  test_adapter(directory);
+  test_bad_adapters(directory);
   if (getenv("VERBOSE"))
     printf("largest errors: %.2g by norm, %.2g by entry\n", worst_norm,
            worst_largest);
