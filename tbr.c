@@ -126,11 +126,9 @@ static void write_in(const char *directory, const char *name, const void *bytes,
                      size_t n);
 static void make_directory(const char *path);
 
-/* Opens a file to read parts of it, and tells its size; reads n bytes at `at`.
- */
-static FILE *part_open(const char *path, size_t *size);
-static void part_read(FILE *file, const char *path, size_t at, void *to,
-                      size_t n);
+/* Opens a file of which parts are read, and tells its size; reads n bytes. */
+static FILE *open_parts(const char *path, size_t *size);
+static void read_at(FILE *f, const char *path, size_t at, void *to, size_t n);
 
 /* A file being written, under a name that no other process uses. out_close
  * brings it to the disk and gives it its final name. */
@@ -330,9 +328,8 @@ static uint64_t little_endian(const char *bytes, size_t n);
 static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
 /* A file of safetensors; opening checks that its n tensors just fill it. Their
- * numbers, from `data` on, are only read by st_read. */
+ * numbers, from `data` on, stay there until st_read. */
 typedef struct {
-  char *path;
   FILE *file;
   Json *header;
   size_t data, n;
@@ -403,10 +400,6 @@ static void config_write(const TbrConfig *config, const char *directory,
  * where its size is what follows from that; its parameters, for a model. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
 static void bin_weights(TbrModel *model, const char *file);
-
-/* Checks that a directory has all tensors of a model, and reads them if there
- * is memory for them. */
-static void weights_read(TbrModel *model, const char *directory);
 
 /* ======================================================================
  * PART ONE: THE METHOD
@@ -784,19 +777,6 @@ static void linear_backward(real *dx, const real *dy, const real *w,
 static void linear_gradient(real *dw, const real *dy, const real *x,
                             size_t rows, size_t in, size_t out) {
   gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
-}
-
-static const real unit = 1; /* with stride 0, a matrix of ones */
-
-/* y (rows,out) += ones (rows,1) bias (1,out) */
-static void bias_forward(real *y, const real *bias, size_t rows, size_t out) {
-  gemm(rows, out, 1, mat(&unit, 0), mat(bias, out), 1, y, out);
-}
-
-/* dbias (out,1) += dy^T (out,rows) ones (rows,1) */
-static void bias_backward(real *dbias, const real *dy, size_t rows,
-                          size_t out) {
-  gemm(out, 1, rows, transposed(dy, out), mat(&unit, 0), 1, dbias, 1);
 }
 
 /* x (rows,dim) = the rows of table (vocab,dim) that ids name */
@@ -1193,6 +1173,8 @@ typedef struct {
   Mat qkv_t, out_t, gate_up_t, down_t;
 } Layer;
 
+static const real unit = 1; /* with stride 0, a matrix of ones */
+
 static Layer layer_at(const TbrConfig *config, real *block, size_t layer) {
   size_t dim = config->dim, hidden = config->hidden;
   size_t q = q_width(config), qkv = qkv_width(config);
@@ -1310,15 +1292,15 @@ static void acts_parts(TbrActs *acts, const TbrConfig *config, size_t rows,
   memcpy(part, parts, sizeof parts);
 }
 
-/* How far entry j of a head turns with each position. Where that is scaled, as
- * Llama 3 does, turns that are slow by the original context become slower. */
+/* How far entry j of a head turns with each position. Scaled as in Llama 3, the
+ * fewer turns it makes in the original context, the more it slows down. */
 static double rope_speed(const TbrConfig *config, size_t j) {
   const double *scale = config->rope_scale;
   double slower = tbr_log(config->rope_theta) / (double)(config->head_dim / 2);
-  double speed = tbr_exp(-slower * (double)j), kept = 0;
+  double speed = tbr_exp(-slower * (double)j);
   if (!(scale[0] > 0)) return speed;
   double turns = scale[3] * speed / 6.283185307179586;
-  if (scale[3] > 0) kept = (turns - scale[1]) / (scale[2] - scale[1]);
+  double kept = (turns - scale[1]) / (scale[2] - scale[1]);
   kept = fmin(fmax(kept, 0), 1);
   return speed * (kept + (1 - kept) / scale[0]);
 }
@@ -1491,7 +1473,8 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
   /* qkv (rows,qkv) = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias (qkv)) */
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
   linear_forward(a.qkv, acts->normed, w->qkv_t, rows, dim, qkv);
-  if (config->biased) bias_forward(a.qkv, w->bias, rows, qkv);
+  if (config->biased) /* qkv += ones (rows,1) bias (1,qkv) */
+    gemm(rows, qkv, 1, mat(&unit, 0), mat(w->bias, qkv), 1, a.qkv, qkv);
   rope(a.qkv, qkv, config->heads + config->kv_heads, config->head_dim, batch,
        acts->cosines, acts->sines, 1);
   /* attended (rows,q) = attention(qkv) */
@@ -1547,7 +1530,9 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
   linear_backward(dnormed, acts->dqkv, w->qkv, rows, dim, qkv);
   linear_gradient(grad->qkv, acts->dqkv, acts->normed, rows, dim, qkv);
-  if (config->biased) bias_backward(grad->bias, acts->dqkv, rows, qkv);
+  if (config->biased) /* dbias (qkv,1) += dqkv^T (qkv,rows) ones (rows,1) */
+    gemm(qkv, 1, rows, transposed(acts->dqkv, qkv), mat(&unit, 0), 1,
+         grad->bias, 1);
   rmsnorm_backward(dresidual, grad->norm1, dnormed, a.residual, a.rstd1,
                    w->norm1, rows, dim, acts->normed);
 }
@@ -1687,6 +1672,39 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 }
 
 /* ---- loading and saving ------------------------------------------------ */
+
+/* Reads all tensors, or only checks them if there is no memory yet. Of a model
+ * in shards, an index says which tensor is in which file. */
+static void weights_read(const TbrModel *model, const char *directory) {
+  const char *name = "model.safetensors", *opened = "";
+  char *path = path_in(directory, name);
+  char *index_path = format_string("%s.index.json", path);
+  SafeTensors *st = NULL;
+  Json *index = NULL;
+  if (!file_exists(path) && file_exists(index_path))
+    index = json_read(index_path);
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    if (index)
+      name = json_string(json_get(index, "weight_map"), tensor->name, "");
+    if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
+      tbr_fail("%s: should have a \"weight_map\" that names the .safetensors "
+               "file beside it in which \"%s\" is",
+               index_path, tensor->name);
+    if (strcmp(name, opened)) {
+      st_close(st);
+      free(path);
+      path = path_in(directory, name);
+      st = st_open(path);
+      opened = name;
+    }
+    st_read(st, tensor, 1, &(Block){"", model->param}, 1);
+  }
+  st_close(st);
+  json_free(index);
+  free(path);
+  free(index_path);
+}
 
 /* Names and shapes are checked before anything is allocated by them. */
 TbrModel *tbr_model_load(const char *path) {
@@ -2859,17 +2877,16 @@ static size_t *config_at(const TbrConfig *config, size_t i) {
 static void config_check(const TbrConfig *config, const char *where) {
   const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
-    size_t size = *config_at(config, i);
-    if (size == 0 || size > limit)
+    const size_t *size = config_at(config, i);
+    size_t most = size == &config->layers ? 4096 : limit;
+    if (*size == 0 || *size > most)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
-               config_size[i].name, size, limit);
+               config_size[i].name, *size, most);
   }
   if (config->heads % config->kv_heads)
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
              "be a multiple of the second",
              where, config->heads, config->kv_heads);
-  if (config->layers > 4096)
-    tbr_fail("%s: %zu layers are more than 4096", where, config->layers);
   if (config->head_dim > limit / config->heads)
     tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
              config->heads, config->head_dim, limit);
@@ -2888,45 +2905,37 @@ static void config_print(Buf *text, const TbrConfig *config) {
     buf_printf(text, "%.17g ", config->rope_scale[i]);
 }
 
-/* The families of models, and whether q, k and v have biases there; of two that
- * are alike, models are written as of the first. */
-static const struct {
-  const char *type, *architecture;
-  int biased;
-} family[] = {{"llama", "LlamaForCausalLM", 0},
-              {"qwen2", "Qwen2ForCausalLM", 1},
-              {"mistral", "MistralForCausalLM", 0}};
-enum { FAMILIES = sizeof family / sizeof *family };
+/* The families of models, numbered by whether q, k and v have biases. */
+static const char *const family[][2] = {{"llama", "Llama"}, {"qwen2", "Qwen2"}};
 
-/* The kinds of rotary embedding, and how many of rope_key each needs. */
+/* Kinds of rotary embedding, and how many of the keys each has. */
 static const char *const rope_type[] = {"default", "linear", "llama3"};
-static const size_t rope_needs[] = {0, 1, 4};
+static const size_t rope_keys[] = {0, 1, 4};
 static const char *const rope_key[] = {"factor", "low_freq_factor",
                                        "high_freq_factor",
                                        "original_max_position_embeddings"};
 
-/* Reads what says how rotary embedding is done, in its older or newer place. */
+/* What says how positions are turned stands in one of two places. */
 static void rope_read(TbrConfig *config, const Json *json) {
-  double theta = json_number(json, "rope_theta", 10000), *to;
-  const Json *rope = json_get(json, "rope_scaling");
-  if (!json_get(rope, "factor")) rope = json_get(json, "rope_parameters");
+  const Json *rope = json_get(json, "rope_scaling"); /* the older one */
+  if (!rope || rope->kind != JSON_OBJECT)
+    rope = json_get(json, "rope_parameters");
+  double theta = json_number(json, "rope_theta", 10000);
   config->rope_theta = json_number(rope, "rope_theta", theta);
   const char *type = json_string(rope, "type", "default");
   type = json_string(rope, "rope_type", type);
-  size_t kind = 0;
-  while (kind < 3 && strcmp(type, rope_type[kind]))
-    kind++;
-  if (kind == 3 || json_number(rope, "partial_rotary_factor", 1) < 1)
-    tbr_fail("%s:%zu: rotary embedding of type \"%s\" is not supported; "
-             "default, linear and llama3 are, of the whole head",
-             rope->path, rope->line, type);
-  for (size_t i = 0; i < rope_needs[kind]; i++) {
-    to = &config->rope_scale[i];
-    *to = json_number(rope, rope_key[i], 0);
-    if (!(*to > 0) || (i == 2 && *to <= to[-1]))
-      tbr_fail("%s:%zu: \"%s\" should be above 0, and the high factor above "
-               "the low one",
-               rope->path, rope->line, rope_key[i]);
+  int kind = word_number("default linear llama3", type);
+  if (kind < 0)
+    tbr_fail("%s:%zu: this \"%s\" is of type \"%s\", which is not supported; "
+             "default, linear and llama3 are",
+             rope->path, rope->line, rope->key, type);
+  config->rope_scale[2] = 1; /* with linear scaling, all turns are slow */
+  for (size_t i = 0; i < rope_keys[kind]; i++) {
+    double above = i == 2 ? config->rope_scale[1] : 0;
+    config->rope_scale[i] = json_number(rope, rope_key[i], 0);
+    if (!(config->rope_scale[i] > above))
+      tbr_fail("%s:%zu: \"%s\" should be there and above %g", rope->path,
+               rope->line, rope_key[i], above);
   }
 }
 
@@ -2934,17 +2943,15 @@ static TbrConfig config_read(const char *path) {
   Json *json = json_read(path);
   TbrConfig config = {.tied = json_true(json, "tie_word_embeddings")};
   const char *type = json_string(json, "model_type", "");
-  size_t kind = 0;
-  while (kind < FAMILIES && strcmp(type, family[kind].type))
-    kind++;
-  if (kind == FAMILIES)
+  config.biased = word_number("llama qwen2", type);
+  if (config.biased < 0)
     tbr_fail("%s: this \"model_type\" is not supported; models of \"llama\" "
-             "are, \"mistral\" and \"qwen2\", but not \"%s\"",
+             "are, and of \"qwen2\", but not of \"%s\"",
              path, type);
-  config.biased = family[kind].biased;
   json_must(json,
-            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false}",
-            "models of \"llama\" are, with \"silu\", without biases");
+            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false,"
+            "'use_sliding_window':false}",
+            "models of \"llama\" are, with \"silu\", without biases or window");
   rope_read(&config, json);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
@@ -2956,11 +2963,6 @@ static TbrConfig config_read(const char *path) {
   if (!config.head_dim && config.heads)
     config.head_dim = config.dim / config.heads;
   config.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
-  /* Where attention is to a sliding window, that is all that may be used. */
-  double window = json_number(json, "sliding_window", 0);
-  const Json *slides = json_get(json, "use_sliding_window");
-  if (slides && slides->kind != JSON_TRUE) window = 0;
-  if (window > 0) config.context = smaller(config.context, (size_t)window);
   json_free(json);
   config_check(&config, path);
   return config;
@@ -2969,69 +2971,35 @@ static TbrConfig config_read(const char *path) {
 static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos) {
   const char *tied = config->tied ? "true" : "false";
-  double theta = config->rope_theta;
   const double *scale = config->rope_scale;
-  size_t kind = (scale[0] > 0) + (size_t)(scale[3] > 0), which = 0;
+  double theta = config->rope_theta;
+  int kind = (scale[0] > 0) + (scale[3] > 0);
+  const char *const *names = family[config->biased != 0];
   Buf json = {0}, rope = {0};
-  while (family[which].biased != config->biased)
-    which++;
-  buf_printf(&json,
-             "{\n  \"architectures\": [\"%s\"],\n"
-             "  \"model_type\": \"%s\",\n",
-             family[which].architecture, family[which].type);
+  buf_printf(&json, "{\n  \"architectures\": [\"%sForCausalLM\"],\n", names[1]);
+  buf_printf(&json, "  \"model_type\": \"%s\",\n", names[0]);
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(&json, "  \"%s\": %zu,\n", config_size[i].key,
                *config_at(config, i));
-  buf_printf(&rope, "{\"rope_type\": \"%s\", \"rope_theta\": %.17g",
-             rope_type[kind], theta);
-  for (size_t i = 0; i < rope_needs[kind]; i++)
+  buf_printf(&rope, "{\"rope_type\": \"%s\"", rope_type[kind]);
+  for (size_t i = 0; i < rope_keys[kind]; i++)
     buf_printf(&rope, ", \"%s\": %.17g", rope_key[i], scale[i]);
-  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s},\n", rope.s);
+  buf_printf(&rope, ", \"rope_theta\": %.17g}", theta);
+  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s,\n", rope.s);
   buf_printf(&json,
              "  \"rms_norm_eps\": %.9g,\n  \"rope_theta\": %.17g,\n"
-             "  \"rope_parameters\": %s},\n  \"tie_word_embeddings\": %s,\n"
+             "  \"rope_parameters\": %s,\n  \"tie_word_embeddings\": %s,\n"
              "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
              "  \"mlp_bias\": false,\n  \"dtype\": \"float32\",\n"
              "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
              config->norm_eps, theta, rope.s, tied, (long)bos, (long)eos);
+  buf_free(&rope);
   write_in(directory, "config.json", json.s, json.n);
   buf_clear(&json);
   buf_printf(&json, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n",
              (long)bos, (long)eos);
   write_in(directory, "generation_config.json", json.s, json.n);
   buf_free(&json);
-  buf_free(&rope);
-}
-
-/* In shards, an index says which tensor is in which file. */
-static void weights_read(TbrModel *model, const char *directory) {
-  char *path = path_in(directory, "model.safetensors");
-  char *index_path = format_string("%s.index.json", path);
-  int in_shards = file_exists(index_path) && !file_exists(path);
-  Json *index = in_shards ? json_read(index_path) : NULL;
-  SafeTensors *st = NULL;
-  for (size_t i = 0; i < model->n_tensors; i++) {
-    const TbrTensor *tensor = &model->tensor[i];
-    if (in_shards) {
-      const Json *map = json_get(index, "weight_map");
-      const char *name = json_string(map, tensor->name, "");
-      if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
-        tbr_fail("%s: should have a \"weight_map\" with the .safetensors file "
-                 "of this directory in which \"%s\" is",
-                 index_path, tensor->name);
-      free(path);
-      path = path_in(directory, name);
-    }
-    if (!st || strcmp(st->path, path)) {
-      st_close(st);
-      st = st_open(path);
-    }
-    st_read(st, tensor, 1, &(Block){"", model->param}, 1);
-  }
-  st_close(st);
-  json_free(index);
-  free(path);
-  free(index_path);
 }
 
 /* ---- llama2.c's files: seven sizes, then float32 tensors --------------- */
@@ -4209,9 +4177,28 @@ static int st_order(const void *a, const void *b) {
   return (left->at[k] > right->at[k]) - (left->at[k] < right->at[k]);
 }
 
-/* The tensors, in their order in the file, should fill `size` bytes of data. */
-static void st_check(SafeTensors *st, size_t size) {
-  size_t at = 0;
+static SafeTensors *st_open(const char *path) {
+  SafeTensors *st = mem_new(1, sizeof *st);
+  char start[8] = {0};
+  size_t size, at = 0;
+  FILE *file = open_parts(path, &size);
+  read_at(file, path, 0, start, smaller(size, 8));
+  uint64_t length = little_endian(start, 8); /* of the header */
+  int fits = size >= 8 && length <= 100000000 && length <= size - 8;
+  size_t n = fits ? (size_t)length : 0;
+  char *text = mem_new(n + 1, 1);
+  read_at(file, path, 8, text, n);
+  fclose(file); /* nobody could, once something fails */
+  if (!fits)
+    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
+             "the file's %zu (is this safetensors?)",
+             path, size);
+  st->data = 8 + n;
+  st->header = json_parse(text, n, path, 1);
+  free(text);
+  if (st->header->kind != JSON_OBJECT)
+    tbr_fail("%s: its header should be a JSON object", path);
+  /* The tensors, in their order in the file, should fill it. */
   StEntry *entry = mem_raw(st->header->length, sizeof *entry);
   for (const Json *member = st->header->child; member; member = member->next)
     if (strcmp(member->key, "__metadata__")) entry[st->n++] = st_entry(member);
@@ -4219,39 +4206,15 @@ static void st_check(SafeTensors *st, size_t size) {
   for (size_t i = 0; i < st->n; i++) {
     if (entry[i].at[0] != at)
       tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
-               st->path, entry[i].name, entry[i].at[0], at);
+               path, entry[i].name, entry[i].at[0], at);
     at = entry[i].at[1];
   }
-  if (at != size)
-    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", st->path, at,
-             size, size < at ? " (is the file truncated?)" : "");
+  if (at != size - st->data)
+    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at,
+             size - st->data,
+             size - st->data < at ? " (is the file truncated?)" : "");
   free(entry);
-}
-
-static SafeTensors *st_open(const char *path) {
-  SafeTensors *st = mem_new(1, sizeof *st);
-  char start[8] = {0};
-  size_t size;
-  FILE *file = part_open(path, &size);
-  part_read(file, path, 0, start, smaller(size, 8));
-  uint64_t length = little_endian(start, 8); /* of the header */
-  int fits = size >= 8 && length <= 100000000 && length <= size - 8;
-  size_t n = fits ? (size_t)length : 0;
-  char *text = mem_new(n + 1, 1);
-  part_read(file, path, 8, text, n);
-  fclose(file); /* which nobody could, once something fails */
-  if (!fits)
-    tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
-             "the file's %zu (is this safetensors?)",
-             path, size);
-  st->path = copy_string(path);
-  st->data = 8 + n;
-  st->header = json_parse(text, n, st->path, 1);
-  free(text);
-  if (st->header->kind != JSON_OBJECT)
-    tbr_fail("%s: its header should be a JSON object", path);
-  st_check(st, size - st->data);
-  st->file = part_open(path, &size);
+  st->file = open_parts(path, &size);
   return st;
 }
 
@@ -4259,7 +4222,6 @@ static void st_close(SafeTensors *st) {
   if (!st) return;
   fclose(st->file);
   json_free(st->header);
-  free(st->path);
   free(st);
 }
 
@@ -4283,36 +4245,28 @@ static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
   return at;
 }
 
-/* Finds a tensor, its name behind a prefix; fails if its shape is another. */
-static StEntry st_find(const SafeTensors *st, const char *prefix,
-                       const TbrTensor *want) {
-  char *name = format_string("%s%s", prefix, want->name);
-  const Json *member = json_get(st->header, name);
-  StEntry entry = {0};
-  if (member) entry = st_entry(member);
-  if (entry.rows != want->rows || entry.columns != want->columns)
-    tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", st->path,
-             name, want->rows, want->columns);
-  free(name);
-  return entry;
-}
-
 static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                     const Block *block, size_t n_blocks) {
+  const char *path = st->header->path;
   char piece[1 << 14];
   for (size_t i = 0; i < n * n_blocks; i++) {
+    const TbrTensor *want = &tensor[i % n];
     const Block *to = &block[i / n];
-    StEntry entry = st_find(st, to->prefix, &tensor[i % n]);
-    if (!to->at) continue;
-    real *number = to->at + tensor[i % n].at;
-    for (size_t at = entry.at[0]; at < entry.at[1];) {
-      size_t part = smaller(entry.at[1] - at, sizeof piece);
-      size_t count = part / st_size[entry.type];
-      part_read(st->file, st->path, st->data + at, piece, part);
-      read_numbers(number, piece, entry.type, count);
-      number += count;
-      at += part;
+    char *name = format_string("%s%s", to->prefix, want->name);
+    const Json *member = json_get(st->header, name);
+    StEntry entry = {0};
+    if (member) entry = st_entry(member);
+    if (entry.rows != want->rows || entry.columns != want->columns)
+      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", path,
+               name, want->rows, want->columns);
+    size_t bytes = entry.at[1] - entry.at[0], size = st_size[entry.type];
+    for (size_t at = 0, part; to->at && at < bytes; at += part) {
+      part = smaller(bytes - at, sizeof piece);
+      read_at(st->file, path, st->data + entry.at[0] + at, piece, part);
+      read_numbers(to->at + want->at + at / size, piece, entry.type,
+                   part / size);
     }
+    free(name);
   }
 }
 
@@ -4957,7 +4911,7 @@ static char *read_file(const char *path, size_t *n) {
   return text.s;
 }
 
-static FILE *part_open(const char *path, size_t *size) {
+static FILE *open_parts(const char *path, size_t *size) {
   FILE *file = fopen(path, "rb");
   if (!file || fseeko(file, 0, SEEK_END))
     tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
@@ -4965,11 +4919,10 @@ static FILE *part_open(const char *path, size_t *size) {
   return file;
 }
 
-static void part_read(FILE *file, const char *path, size_t at, void *to,
-                      size_t n) {
-  if (fseeko(file, (int64_t)at, SEEK_SET) || fread(to, 1, n, file) != n)
-    tbr_fail("%s: %zu bytes at %zu cannot be read: %s", path, n, at,
-             ferror(file) ? strerror(errno) : "it has become shorter");
+static void read_at(FILE *f, const char *path, size_t at, void *to, size_t n) {
+  if (!fseeko(f, (int64_t)at, SEEK_SET) && fread(to, 1, n, f) == n) return;
+  const char *why = ferror(f) ? strerror(errno) : "it has become shorter";
+  tbr_fail("%s: cannot be read at byte %zu: %s", path, at, why);
 }
 
 static void make_directory(const char *path) {
