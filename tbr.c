@@ -127,8 +127,8 @@ static void write_in(const char *directory, const char *name, const void *bytes,
 static void make_directory(const char *path);
 
 /* Opens a file of which parts are read, and tells its size; reads n bytes. */
-static FILE *open_parts(const char *path, size_t *size);
-static void read_at(FILE *f, const char *path, size_t at, void *to, size_t n);
+static FILE *part_open(const char *path, size_t *size);
+static void part_read(FILE *f, const char *path, size_t at, void *to, size_t n);
 
 /* A file being written, under a name that no other process uses. out_close
  * brings it to the disk and gives it its final name. */
@@ -328,8 +328,9 @@ static uint64_t little_endian(const char *bytes, size_t n);
 static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
 /* A file of safetensors; opening checks that its n tensors just fill it. Their
- * numbers, from `data` on, stay there until st_read. */
+ * numbers, from `data` on, are only read by st_read. */
 typedef struct {
+  char *path;
   FILE *file;
   Json *header;
   size_t data, n;
@@ -400,6 +401,10 @@ static void config_write(const TbrConfig *config, const char *directory,
  * where its size is what follows from that; its parameters, for a model. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
 static void bin_weights(TbrModel *model, const char *file);
+
+/* Checks that a directory has all tensors of a model, and reads them if there
+ * is memory for them. */
+static void weights_read(TbrModel *model, const char *directory);
 
 /* ======================================================================
  * PART ONE: THE METHOD
@@ -777,6 +782,19 @@ static void linear_backward(real *dx, const real *dy, const real *w,
 static void linear_gradient(real *dw, const real *dy, const real *x,
                             size_t rows, size_t in, size_t out) {
   gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
+}
+
+static const real unit = 1; /* with stride 0, a matrix of ones */
+
+/* y (rows,out) += ones (rows,1) bias (1,out) */
+static void bias_forward(real *y, const real *bias, size_t rows, size_t out) {
+  gemm(rows, out, 1, mat(&unit, 0), mat(bias, out), 1, y, out);
+}
+
+/* dbias (out,1) += dy^T (out,rows) ones (rows,1) */
+static void bias_backward(real *dbias, const real *dy, size_t rows,
+                          size_t out) {
+  gemm(out, 1, rows, transposed(dy, out), mat(&unit, 0), 1, dbias, 1);
 }
 
 /* x (rows,dim) = the rows of table (vocab,dim) that ids name */
@@ -1173,8 +1191,6 @@ typedef struct {
   Mat qkv_t, out_t, gate_up_t, down_t;
 } Layer;
 
-static const real unit = 1; /* with stride 0, a matrix of ones */
-
 static Layer layer_at(const TbrConfig *config, real *block, size_t layer) {
   size_t dim = config->dim, hidden = config->hidden;
   size_t q = q_width(config), qkv = qkv_width(config);
@@ -1473,8 +1489,7 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
   /* qkv (rows,qkv) = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias (qkv)) */
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
   linear_forward(a.qkv, acts->normed, w->qkv_t, rows, dim, qkv);
-  if (config->biased) /* qkv += ones (rows,1) bias (1,qkv) */
-    gemm(rows, qkv, 1, mat(&unit, 0), mat(w->bias, qkv), 1, a.qkv, qkv);
+  if (config->biased) bias_forward(a.qkv, w->bias, rows, qkv);
   rope(a.qkv, qkv, config->heads + config->kv_heads, config->head_dim, batch,
        acts->cosines, acts->sines, 1);
   /* attended (rows,q) = attention(qkv) */
@@ -1530,9 +1545,7 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
   linear_backward(dnormed, acts->dqkv, w->qkv, rows, dim, qkv);
   linear_gradient(grad->qkv, acts->dqkv, acts->normed, rows, dim, qkv);
-  if (config->biased) /* dbias (qkv,1) += dqkv^T (qkv,rows) ones (rows,1) */
-    gemm(qkv, 1, rows, transposed(acts->dqkv, qkv), mat(&unit, 0), 1,
-         grad->bias, 1);
+  if (config->biased) bias_backward(grad->bias, acts->dqkv, rows, qkv);
   rmsnorm_backward(dresidual, grad->norm1, dnormed, a.residual, a.rstd1,
                    w->norm1, rows, dim, acts->normed);
 }
@@ -1672,39 +1685,6 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 }
 
 /* ---- loading and saving ------------------------------------------------ */
-
-/* Reads all tensors, or only checks them if there is no memory yet. Of a model
- * in shards, an index says which tensor is in which file. */
-static void weights_read(const TbrModel *model, const char *directory) {
-  const char *name = "model.safetensors", *opened = "";
-  char *path = path_in(directory, name);
-  char *index_path = format_string("%s.index.json", path);
-  SafeTensors *st = NULL;
-  Json *index = NULL;
-  if (!file_exists(path) && file_exists(index_path))
-    index = json_read(index_path);
-  for (size_t i = 0; i < model->n_tensors; i++) {
-    const TbrTensor *tensor = &model->tensor[i];
-    if (index)
-      name = json_string(json_get(index, "weight_map"), tensor->name, "");
-    if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
-      tbr_fail("%s: should have a \"weight_map\" that names the .safetensors "
-               "file beside it in which \"%s\" is",
-               index_path, tensor->name);
-    if (strcmp(name, opened)) {
-      st_close(st);
-      free(path);
-      path = path_in(directory, name);
-      st = st_open(path);
-      opened = name;
-    }
-    st_read(st, tensor, 1, &(Block){"", model->param}, 1);
-  }
-  st_close(st);
-  json_free(index);
-  free(path);
-  free(index_path);
-}
 
 /* Names and shapes are checked before anything is allocated by them. */
 TbrModel *tbr_model_load(const char *path) {
@@ -3002,6 +2982,37 @@ static void config_write(const TbrConfig *config, const char *directory,
   buf_free(&json);
 }
 
+/* In shards, an index says which tensor is in which file. */
+static void weights_read(TbrModel *model, const char *directory) {
+  char *path = path_in(directory, "model.safetensors");
+  char *index_path = format_string("%s.index.json", path);
+  int in_shards = file_exists(index_path) && !file_exists(path);
+  Json *index = in_shards ? json_read(index_path) : NULL;
+  SafeTensors *st = NULL;
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    if (in_shards) {
+      const Json *map = json_get(index, "weight_map");
+      const char *name = json_string(map, tensor->name, "");
+      if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
+        tbr_fail("%s: should have a \"weight_map\" with the .safetensors file "
+                 "of this directory in which \"%s\" is",
+                 index_path, tensor->name);
+      free(path);
+      path = path_in(directory, name);
+    }
+    if (!st || strcmp(st->path, path)) {
+      st_close(st);
+      st = st_open(path);
+    }
+    st_read(st, tensor, 1, &(Block){"", model->param}, 1);
+  }
+  st_close(st);
+  json_free(index);
+  free(path);
+  free(index_path);
+}
+
 /* ---- llama2.c's files: seven sizes, then float32 tensors --------------- */
 
 enum { BIN_SIZES = 7, BIN_HEADER = 4 * BIN_SIZES };
@@ -4181,20 +4192,21 @@ static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
   char start[8] = {0};
   size_t size, at = 0;
-  FILE *file = open_parts(path, &size);
-  read_at(file, path, 0, start, smaller(size, 8));
+  FILE *file = part_open(path, &size);
+  part_read(file, path, 0, start, smaller(size, 8));
   uint64_t length = little_endian(start, 8); /* of the header */
   int fits = size >= 8 && length <= 100000000 && length <= size - 8;
   size_t n = fits ? (size_t)length : 0;
   char *text = mem_new(n + 1, 1);
-  read_at(file, path, 8, text, n);
+  part_read(file, path, 8, text, n);
   fclose(file); /* nobody could, once something fails */
   if (!fits)
     tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
              "the file's %zu (is this safetensors?)",
              path, size);
+  st->path = copy_string(path);
   st->data = 8 + n;
-  st->header = json_parse(text, n, path, 1);
+  st->header = json_parse(text, n, st->path, 1);
   free(text);
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
@@ -4214,7 +4226,7 @@ static SafeTensors *st_open(const char *path) {
              size - st->data,
              size - st->data < at ? " (is the file truncated?)" : "");
   free(entry);
-  st->file = open_parts(path, &size);
+  st->file = part_open(path, &size);
   return st;
 }
 
@@ -4222,6 +4234,7 @@ static void st_close(SafeTensors *st) {
   if (!st) return;
   fclose(st->file);
   json_free(st->header);
+  free(st->path);
   free(st);
 }
 
@@ -4245,28 +4258,36 @@ static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
   return at;
 }
 
+/* Finds a tensor, its name behind a prefix; fails if its shape is another. */
+static StEntry st_find(const SafeTensors *st, const char *prefix,
+                       const TbrTensor *want) {
+  char *name = format_string("%s%s", prefix, want->name);
+  const Json *member = json_get(st->header, name);
+  StEntry entry = {0};
+  if (member) entry = st_entry(member);
+  if (entry.rows != want->rows || entry.columns != want->columns)
+    tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", st->path,
+             name, want->rows, want->columns);
+  free(name);
+  return entry;
+}
+
 static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
                     const Block *block, size_t n_blocks) {
-  const char *path = st->header->path;
   char piece[1 << 14];
   for (size_t i = 0; i < n * n_blocks; i++) {
-    const TbrTensor *want = &tensor[i % n];
     const Block *to = &block[i / n];
-    char *name = format_string("%s%s", to->prefix, want->name);
-    const Json *member = json_get(st->header, name);
-    StEntry entry = {0};
-    if (member) entry = st_entry(member);
-    if (entry.rows != want->rows || entry.columns != want->columns)
-      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", path,
-               name, want->rows, want->columns);
-    size_t bytes = entry.at[1] - entry.at[0], size = st_size[entry.type];
-    for (size_t at = 0, part; to->at && at < bytes; at += part) {
-      part = smaller(bytes - at, sizeof piece);
-      read_at(st->file, path, st->data + entry.at[0] + at, piece, part);
-      read_numbers(to->at + want->at + at / size, piece, entry.type,
-                   part / size);
+    StEntry entry = st_find(st, to->prefix, &tensor[i % n]);
+    if (!to->at) continue;
+    real *number = to->at + tensor[i % n].at;
+    for (size_t at = entry.at[0]; at < entry.at[1];) {
+      size_t part = smaller(entry.at[1] - at, sizeof piece);
+      size_t count = part / st_size[entry.type];
+      part_read(st->file, st->path, st->data + at, piece, part);
+      read_numbers(number, piece, entry.type, count);
+      number += count;
+      at += part;
     }
-    free(name);
   }
 }
 
@@ -4911,7 +4932,7 @@ static char *read_file(const char *path, size_t *n) {
   return text.s;
 }
 
-static FILE *open_parts(const char *path, size_t *size) {
+static FILE *part_open(const char *path, size_t *size) {
   FILE *file = fopen(path, "rb");
   if (!file || fseeko(file, 0, SEEK_END))
     tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
@@ -4919,7 +4940,8 @@ static FILE *open_parts(const char *path, size_t *size) {
   return file;
 }
 
-static void read_at(FILE *f, const char *path, size_t at, void *to, size_t n) {
+static void part_read(FILE *f, const char *path, size_t at, void *to,
+                      size_t n) {
   if (!fseeko(f, (int64_t)at, SEEK_SET) && fread(to, 1, n, f) == n) return;
   const char *why = ferror(f) ? strerror(errno) : "it has become shorter";
   tbr_fail("%s: cannot be read at byte %zu: %s", path, at, why);

@@ -726,8 +726,8 @@ static void test_shards(void) {
   for (volatile size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
     put_index(m, elsewhere[i], two, NULL, NULL);
     FAILS(tbr_model_load(folder),
-          "model.safetensors.index.json: should have a \"weight_map\" that "
-          "names the .safetensors file beside it in which "
+          "model.safetensors.index.json: should have a \"weight_map\" with "
+          "the .safetensors file of this directory in which "
           "\"model.embed_tokens.weight\" is");
   }
   put_index(m, one, two, "norm.weight", NULL); /* not in the map */
