@@ -126,11 +126,9 @@ static void write_in(const char *directory, const char *name, const void *bytes,
                      size_t n);
 static void make_directory(const char *path);
 
-/* Opens a file to read parts of it, and tells its size; reads n bytes at `at`.
- */
+/* Opens a file of which parts are read, and tells its size; reads n bytes. */
 static FILE *part_open(const char *path, size_t *size);
-static void part_read(FILE *file, const char *path, size_t at, void *to,
-                      size_t n);
+static void part_read(FILE *f, const char *path, size_t at, void *to, size_t n);
 
 /* A file being written, under a name that no other process uses. out_close
  * brings it to the disk and gives it its final name. */
@@ -1412,15 +1410,15 @@ static void acts_parts(TbrActs *acts, const TbrConfig *config, size_t rows,
   memcpy(part, parts, sizeof parts);
 }
 
-/* How far entry j of a head turns with each position. Where that is scaled, as
- * Llama 3 does, turns that are slow by the original context become slower. */
+/* How far entry j of a head turns with each position. Scaled as in Llama 3, the
+ * fewer turns it makes in the original context, the more it slows down. */
 static double rope_speed(const TbrConfig *config, size_t j) {
   const double *scale = config->rope_scale;
   double slower = tbr_log(config->rope_theta) / (double)(config->head_dim / 2);
-  double speed = tbr_exp(-slower * (double)j), kept = 0;
+  double speed = tbr_exp(-slower * (double)j);
   if (!(scale[0] > 0)) return speed;
   double turns = scale[3] * speed / 6.283185307179586;
-  if (scale[3] > 0) kept = (turns - scale[1]) / (scale[2] - scale[1]);
+  double kept = (turns - scale[1]) / (scale[2] - scale[1]);
   kept = fmin(fmax(kept, 0), 1);
   return speed * (kept + (1 - kept) / scale[0]);
 }
@@ -3106,17 +3104,16 @@ static size_t *config_at(const TbrConfig *config, size_t i) {
 static void config_check(const TbrConfig *config, const char *where) {
   const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
-    size_t size = *config_at(config, i);
-    if (size == 0 || size > limit)
+    const size_t *size = config_at(config, i);
+    size_t most = size == &config->layers ? 4096 : limit;
+    if (*size == 0 || *size > most)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
-               config_size[i].name, size, limit);
+               config_size[i].name, *size, most);
   }
   if (config->heads % config->kv_heads)
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
              "be a multiple of the second",
              where, config->heads, config->kv_heads);
-  if (config->layers > 4096)
-    tbr_fail("%s: %zu layers are more than 4096", where, config->layers);
   if (config->head_dim > limit / config->heads)
     tbr_fail("%s: %zu heads of %zu are wider than %zu together", where,
              config->heads, config->head_dim, limit);
@@ -3135,45 +3132,37 @@ static void config_print(Buf *text, const TbrConfig *config) {
     buf_printf(text, "%.17g ", config->rope_scale[i]);
 }
 
-/* The families of models, and whether q, k and v have biases there; of two that
- * are alike, models are written as of the first. */
-static const struct {
-  const char *type, *architecture;
-  int biased;
-} family[] = {{"llama", "LlamaForCausalLM", 0},
-              {"qwen2", "Qwen2ForCausalLM", 1},
-              {"mistral", "MistralForCausalLM", 0}};
-enum { FAMILIES = sizeof family / sizeof *family };
+/* The families of models, numbered by whether q, k and v have biases. */
+static const char *const family[][2] = {{"llama", "Llama"}, {"qwen2", "Qwen2"}};
 
-/* The kinds of rotary embedding, and how many of rope_key each needs. */
+/* Kinds of rotary embedding, and how many of the keys each has. */
 static const char *const rope_type[] = {"default", "linear", "llama3"};
-static const size_t rope_needs[] = {0, 1, 4};
+static const size_t rope_keys[] = {0, 1, 4};
 static const char *const rope_key[] = {"factor", "low_freq_factor",
                                        "high_freq_factor",
                                        "original_max_position_embeddings"};
 
-/* Reads what says how rotary embedding is done, in its older or newer place. */
+/* What says how positions are turned stands in one of two places. */
 static void rope_read(TbrConfig *config, const Json *json) {
-  double theta = json_number(json, "rope_theta", 10000), *to;
-  const Json *rope = json_get(json, "rope_scaling");
-  if (!json_get(rope, "factor")) rope = json_get(json, "rope_parameters");
+  const Json *rope = json_get(json, "rope_scaling"); /* the older one */
+  if (!rope || rope->kind != JSON_OBJECT)
+    rope = json_get(json, "rope_parameters");
+  double theta = json_number(json, "rope_theta", 10000);
   config->rope_theta = json_number(rope, "rope_theta", theta);
   const char *type = json_string(rope, "type", "default");
   type = json_string(rope, "rope_type", type);
-  size_t kind = 0;
-  while (kind < 3 && strcmp(type, rope_type[kind]))
-    kind++;
-  if (kind == 3 || json_number(rope, "partial_rotary_factor", 1) < 1)
-    tbr_fail("%s:%zu: rotary embedding of type \"%s\" is not supported; "
-             "default, linear and llama3 are, of the whole head",
-             rope->path, rope->line, type);
-  for (size_t i = 0; i < rope_needs[kind]; i++) {
-    to = &config->rope_scale[i];
-    *to = json_number(rope, rope_key[i], 0);
-    if (!(*to > 0) || (i == 2 && *to <= to[-1]))
-      tbr_fail("%s:%zu: \"%s\" should be above 0, and the high factor above "
-               "the low one",
-               rope->path, rope->line, rope_key[i]);
+  int kind = word_number("default linear llama3", type);
+  if (kind < 0)
+    tbr_fail("%s:%zu: this \"%s\" is of type \"%s\", which is not supported; "
+             "default, linear and llama3 are",
+             rope->path, rope->line, rope->key, type);
+  config->rope_scale[2] = 1; /* with linear scaling, all turns are slow */
+  for (size_t i = 0; i < rope_keys[kind]; i++) {
+    double above = i == 2 ? config->rope_scale[1] : 0;
+    config->rope_scale[i] = json_number(rope, rope_key[i], 0);
+    if (!(config->rope_scale[i] > above))
+      tbr_fail("%s:%zu: \"%s\" should be there and above %g", rope->path,
+               rope->line, rope_key[i], above);
   }
 }
 
@@ -3181,17 +3170,15 @@ static TbrConfig config_read(const char *path) {
   Json *json = json_read(path);
   TbrConfig config = {.tied = json_true(json, "tie_word_embeddings")};
   const char *type = json_string(json, "model_type", "");
-  size_t kind = 0;
-  while (kind < FAMILIES && strcmp(type, family[kind].type))
-    kind++;
-  if (kind == FAMILIES)
+  config.biased = word_number("llama qwen2", type);
+  if (config.biased < 0)
     tbr_fail("%s: this \"model_type\" is not supported; models of \"llama\" "
-             "are, \"mistral\" and \"qwen2\", but not \"%s\"",
+             "are, and of \"qwen2\", but not of \"%s\"",
              path, type);
-  config.biased = family[kind].biased;
   json_must(json,
-            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false}",
-            "models of \"llama\" are, with \"silu\", without biases");
+            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false,"
+            "'use_sliding_window':false}",
+            "models of \"llama\" are, with \"silu\", without biases or window");
   rope_read(&config, json);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
@@ -3203,11 +3190,6 @@ static TbrConfig config_read(const char *path) {
   if (!config.head_dim && config.heads)
     config.head_dim = config.dim / config.heads;
   config.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
-  /* Where attention is to a sliding window, that is all that may be used. */
-  double window = json_number(json, "sliding_window", 0);
-  const Json *slides = json_get(json, "use_sliding_window");
-  if (slides && slides->kind != JSON_TRUE) window = 0;
-  if (window > 0) config.context = smaller(config.context, (size_t)window);
   json_free(json);
   config_check(&config, path);
   return config;
@@ -3216,38 +3198,35 @@ static TbrConfig config_read(const char *path) {
 static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos) {
   const char *tied = config->tied ? "true" : "false";
-  double theta = config->rope_theta;
   const double *scale = config->rope_scale;
-  size_t kind = (scale[0] > 0) + (size_t)(scale[3] > 0), which = 0;
+  double theta = config->rope_theta;
+  int kind = (scale[0] > 0) + (scale[3] > 0);
+  const char *const *names = family[config->biased != 0];
   Buf json = {0}, rope = {0};
-  while (family[which].biased != config->biased)
-    which++;
-  buf_printf(&json,
-             "{\n  \"architectures\": [\"%s\"],\n"
-             "  \"model_type\": \"%s\",\n",
-             family[which].architecture, family[which].type);
+  buf_printf(&json, "{\n  \"architectures\": [\"%sForCausalLM\"],\n", names[1]);
+  buf_printf(&json, "  \"model_type\": \"%s\",\n", names[0]);
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(&json, "  \"%s\": %zu,\n", config_size[i].key,
                *config_at(config, i));
-  buf_printf(&rope, "{\"rope_type\": \"%s\", \"rope_theta\": %.17g",
-             rope_type[kind], theta);
-  for (size_t i = 0; i < rope_needs[kind]; i++)
+  buf_printf(&rope, "{\"rope_type\": \"%s\"", rope_type[kind]);
+  for (size_t i = 0; i < rope_keys[kind]; i++)
     buf_printf(&rope, ", \"%s\": %.17g", rope_key[i], scale[i]);
-  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s},\n", rope.s);
+  buf_printf(&rope, ", \"rope_theta\": %.17g}", theta);
+  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s,\n", rope.s);
   buf_printf(&json,
              "  \"rms_norm_eps\": %.9g,\n  \"rope_theta\": %.17g,\n"
-             "  \"rope_parameters\": %s},\n  \"tie_word_embeddings\": %s,\n"
+             "  \"rope_parameters\": %s,\n  \"tie_word_embeddings\": %s,\n"
              "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
              "  \"mlp_bias\": false,\n  \"dtype\": \"float32\",\n"
              "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
              config->norm_eps, theta, rope.s, tied, (long)bos, (long)eos);
+  buf_free(&rope);
   write_in(directory, "config.json", json.s, json.n);
   buf_clear(&json);
   buf_printf(&json, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n",
              (long)bos, (long)eos);
   write_in(directory, "generation_config.json", json.s, json.n);
   buf_free(&json);
-  buf_free(&rope);
 }
 
 /* In shards, an index says which tensor is in which file. */
@@ -4459,29 +4438,10 @@ static int st_order(const void *a, const void *b) {
   return (left->at[k] > right->at[k]) - (left->at[k] < right->at[k]);
 }
 
-/* The tensors, in their order in the file, should fill `size` bytes of data. */
-static void st_check(SafeTensors *st, size_t size) {
-  size_t at = 0;
-  StEntry *entry = mem_raw(st->header->length, sizeof *entry);
-  for (const Json *member = st->header->child; member; member = member->next)
-    if (strcmp(member->key, "__metadata__")) entry[st->n++] = st_entry(member);
-  qsort(entry, st->n, sizeof *entry, st_order);
-  for (size_t i = 0; i < st->n; i++) {
-    if (entry[i].at[0] != at)
-      tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
-               st->path, entry[i].name, entry[i].at[0], at);
-    at = entry[i].at[1];
-  }
-  if (at != size)
-    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", st->path, at,
-             size, size < at ? " (is the file truncated?)" : "");
-  free(entry);
-}
-
 static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
   char start[8] = {0};
-  size_t size;
+  size_t size, at = 0;
   FILE *file = part_open(path, &size);
   part_read(file, path, 0, start, smaller(size, 8));
   uint64_t length = little_endian(start, 8); /* of the header */
@@ -4489,7 +4449,7 @@ static SafeTensors *st_open(const char *path) {
   size_t n = fits ? (size_t)length : 0;
   char *text = mem_new(n + 1, 1);
   part_read(file, path, 8, text, n);
-  fclose(file); /* which nobody could, once something fails */
+  fclose(file); /* nobody could, once something fails */
   if (!fits)
     tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
              "the file's %zu (is this safetensors?)",
@@ -4500,7 +4460,22 @@ static SafeTensors *st_open(const char *path) {
   free(text);
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
-  st_check(st, size - st->data);
+  /* The tensors, in their order in the file, should fill it. */
+  StEntry *entry = mem_raw(st->header->length, sizeof *entry);
+  for (const Json *member = st->header->child; member; member = member->next)
+    if (strcmp(member->key, "__metadata__")) entry[st->n++] = st_entry(member);
+  qsort(entry, st->n, sizeof *entry, st_order);
+  for (size_t i = 0; i < st->n; i++) {
+    if (entry[i].at[0] != at)
+      tbr_fail("%s: tensor \"%s\" begins at %zu; the one before ends at %zu",
+               path, entry[i].name, entry[i].at[0], at);
+    at = entry[i].at[1];
+  }
+  if (at != size - st->data)
+    tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at,
+             size - st->data,
+             size - st->data < at ? " (is the file truncated?)" : "");
+  free(entry);
   st->file = part_open(path, &size);
   return st;
 }
@@ -5243,11 +5218,11 @@ static FILE *part_open(const char *path, size_t *size) {
   return file;
 }
 
-static void part_read(FILE *file, const char *path, size_t at, void *to,
+static void part_read(FILE *f, const char *path, size_t at, void *to,
                       size_t n) {
-  if (fseeko(file, (int64_t)at, SEEK_SET) || fread(to, 1, n, file) != n)
-    tbr_fail("%s: %zu bytes at %zu cannot be read: %s", path, n, at,
-             ferror(file) ? strerror(errno) : "it has become shorter");
+  if (!fseeko(f, (int64_t)at, SEEK_SET) && fread(to, 1, n, f) == n) return;
+  const char *why = ferror(f) ? strerror(errno) : "it has become shorter";
+  tbr_fail("%s: cannot be read at byte %zu: %s", path, at, why);
 }
 
 static void make_directory(const char *path) {

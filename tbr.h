@@ -206,9 +206,9 @@ void tbr_model_init(TbrModel *model, uint64_t seed);
 void tbr_model_free(TbrModel *model);
 
 /* Reads a Hugging Face directory (config.json, model.safetensors or shards) of
- * a Llama, Qwen 2 or Mistral (its context cut to the sliding window), or
- * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
- * with the mark of the training that made the model (NULL: none). */
+ * a Llama or Qwen 2, or llama2.c's .bin; writes a directory, with the ids of
+ * <|bos|> and <|eos|>, and with the mark of the training that made the model
+ * (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
 TbrModel *tbr_model_load_base(const char *path, int halves);
 void tbr_lora_add(TbrModel *model, const TbrLora *lora);

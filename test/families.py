@@ -3,8 +3,9 @@
   python3 families.py [DIRECTORY]...   needs torch, transformers, safetensors
 
 Random small models of each family, and the real ones in the directories given
-(see real_model.py). For each: logits, loss and every gradient, in float32 at a
-relative 1e-4 (tensor by tensor, by norm) and in float64 at 1e-6; the losses of
+(see real_model.py). For each: logits, loss and every gradient against PyTorch
+in float64, by norm, of tbr in double at a relative 1e-6 and in float at 1e-4
+(or twice PyTorch's own error in float32, where that is larger); the losses of
 twenty steps of AdamW at 1e-4; 200 greedy tokens; and that a directory which
 tbr wrote opens in transformers with the same logits and greedy tokens. Not part
 of `make test`. Exit status 1 if anything differs.
@@ -13,8 +14,7 @@ import csv, json, os, subprocess, sys, tempfile
 import torch
 from safetensors.torch import load_file
 from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          MistralConfig, MistralForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM)
+                          Qwen2Config, Qwen2ForCausalLM)
 from golden_model import HERE, in_double, loss_of, randomize, sequences
 
 STEPS, NEW = 20, 200
@@ -94,22 +94,37 @@ def error(have, want):
                  want.double().norm())
 
 
-def compare_step(name, program, model, data, directory, rows, out, bound):
+def step(model, data):
+    """Loss, logits and gradients, by name."""
     logits = []
     model.zero_grad()
     loss = loss_of(model, *data, logits)
     loss.backward()
-    e = abs(float(run(program, "step", directory, rows, out)) / loss.item() - 1)
-    check(e < bound, f"{name}: loss {loss.item():.6g}, relative error {e:.1e}")
-    have = load_file(out + "/logits.safetensors")["logits"]
-    e = error(have, torch.cat(logits))
-    check(e < bound, f"{name}: logits, relative error {e:.1e}")
-    have = load_file(out + "/grads.safetensors")
-    want = {n: p.grad for n, p in model.named_parameters()}
-    check(set(have) == set(want), f"{name}: {len(want)} tensors")
-    e, worst = max((error(have[n], want[n]), n) for n in want)
-    check(e < bound, f"{name}: gradients, relative error at most {e:.1e} "
-          f"({worst})")
+    return {"loss": loss.detach(), "logits": torch.cat(logits)} | {
+        n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def compare_step(name, program, want, directory, rows, out, bound, others={}):
+    """others: the same as PyTorch has it in float32. Where that is further off
+    from `want` than the bound, tbr may be as far."""
+    have = {"loss": torch.tensor(
+        float(run(program, "step", directory, rows, out)))}
+    have |= load_file(out + "/logits.safetensors")
+    have |= load_file(out + "/grads.safetensors")
+    check(set(have) == set(want), f"{name}: {len(want) - 2} tensors")
+    worst, which = 0, ""
+    for n in want:
+        e = error(have[n], want[n])
+        off = error(others[n], want[n]) if n in others else 0
+        if n in ("loss", "logits"):
+            check(e < bound, f"{name}: {n}, relative error {e:.1e}")
+        elif e >= max(bound, 2 * off):
+            check(False, f"{name}: gradient of {n}, relative error {e:.1e}, "
+                  f"PyTorch's {off:.1e}")
+        elif e > worst:
+            worst, which = e, f"{n}, PyTorch's {off:.1e}" if others else n
+    check(True, f"{name}: gradients, relative error at most {worst:.1e} "
+          f"({which})")
 
 
 def compare_training(name, program, model, data, directory, rows, out, lr):
@@ -143,31 +158,33 @@ def greedy(model, ids):
 
 def compare(name, directory, folder, lr=3e-3):
     """Everything, of one model."""
-    model = AutoModelForCausalLM.from_pretrained(directory,
-                                                 dtype=torch.float32).eval()
+    load = AutoModelForCausalLM.from_pretrained
+    model = in_double(load(directory, dtype=torch.float64))
     data = sequences(model.config.vocab_size, [24, 60, 3])
     rows, out = os.path.join(folder, "rows"), os.path.join(folder, "out")
     with open(rows, "w") as f:
         for i, t in zip(*data):
             print(len(i), *i, *t, file=f)
+    program = build(os.path.dirname(folder), lr, True)
+    truth = step(model, data)
+    compare_step(name + " in float64", program, truth, directory, rows, out,
+                 1e-6)
+    model = load(directory, dtype=torch.float32).eval()
     program = build(os.path.dirname(folder), lr, False)
-    compare_step(name, program, model, data, directory, rows, out, 1e-4)
+    compare_step(name, program, truth, directory, rows, out, 1e-4,
+                 step(model, data))
     said = run(program, "generate", directory, rows, out + "/saved").split()
     want = greedy(model, data[0][0])
     check(list(map(int, said)) == want, f"{name}: {NEW} greedy tokens")
-    again = AutoModelForCausalLM.from_pretrained(out + "/saved").eval()
+    again = load(out + "/saved").eval()
     with torch.no_grad():
         x = torch.tensor([data[0][1]])
         same = torch.equal(again(x).logits, model(x).logits)
     check(same and greedy(again, data[0][0]) == want, f"{name}: what tbr wrote "
           f"opens as {type(again).__name__}, with the same logits and tokens")
+    del again
     compare_training(name, program, model, data, directory, rows,
                      out + "/trained", lr)
-    del model, again
-    model = in_double(AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float64))
-    compare_step(name + " in float64", build(os.path.dirname(folder), lr, True), model, data,
-                 directory, rows, out, 1e-6)
 
 
 def older(directory):
@@ -188,8 +205,7 @@ def compare_all(programs):
               "original_max_position_embeddings": 64}
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
     plain = {"rope_type": "default", "rope_theta": 10000.0}
-    L, Q, M = ((LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config),
-               (MistralForCausalLM, MistralConfig))
+    L, Q = (LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)
     small, whole = torch.float32, "1GB"
     random = [
         ("llama", L, {}, plain, small, whole),
@@ -200,8 +216,6 @@ def compare_all(programs):
         ("qwen 2", Q, {}, plain, small, whole),
         ("qwen 2 F16 not tied in shards", Q, {"tie_word_embeddings": False},
          plain, torch.float16, "20KB"),
-        ("mistral", M, {"head_dim": 12, "sliding_window": 300}, plain, small,
-         whole),
     ]
     for name, (kind, config), more, rope, dtype, shard in random:
         torch.manual_seed(1)

@@ -148,7 +148,7 @@ lie() {
 lie 's/"hidden_size": 16/"hidden_size": 18/' '"model.embed_tokens.weight" of 300 x 18 numbers'
 lie 's/"hidden_size": 16/"hidden_size": "16"/' 'hidden_size'
 lie 's/"hidden_size": 16/"hidden_size": 1.5/' 'hidden_size'
-lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'has no tensors for 3 layers'
+lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'should have a tensor "model.layers.2.input_layernorm.weight" of 1 x 16 numbers'
 lie 's/"num_attention_heads": 4/"num_attention_heads": 0/' 'number of heads is 0'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": 3/' 'cannot share'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": null/' '"model.layers.0.self_attn.k_proj.weight" of 16 x 16 numbers' # as many as heads
