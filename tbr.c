@@ -1251,12 +1251,13 @@ void tbr_model_init(TbrModel *model, uint64_t seed) {
  * has one row, and `at` counts both kinds alone. */
 static Mat mat_at(const TbrModel *model, size_t tensor) {
   const TbrTensor *t = &model->tensor[tensor];
-  if (!model->half || t->rows == 1)
-    return mat(model->param + t->at, t->columns);
-  return (Mat){.row_stride = t->columns,
-               .column_stride = 1,
-               .half = model->half + t->at,
-               .type = (StType)model->half_type};
+  Mat m = {.row_stride = t->columns, .column_stride = 1};
+  m.type = (StType)model->half_type;
+  if (model->half && t->rows > 1)
+    m.half = model->half + t->at;
+  else
+    m.at = model->param + t->at;
+  return m;
 }
 
 /* Where the gradient of a tensor is; NULL: it is frozen, or none is wanted. */
@@ -1269,7 +1270,6 @@ static real *grad_at(const TbrModel *model, real *grad, size_t tensor) {
 static Linear linear_at(const TbrModel *model, real *grad, size_t first,
                         size_t n) {
   const TbrTensor *tensor = &model->tensor[first];
-  const TbrModel *adapter = model->adapter;
   Linear l = {.w = mat_at(model, first), .in = tensor->columns};
   l.wt = l.w;
   l.wt.row_stride = 1;
@@ -1279,15 +1279,13 @@ static Linear linear_at(const TbrModel *model, real *grad, size_t first,
     l.bias = model->param + tensor[n].at;
     l.dbias = grad_at(model, grad, first + n);
   }
-  if (adapter) {
-    l.adapters = adapter->param;
-    l.dadapters = grad;
-    l.rank = model->lora.rank;
-    l.scale = (real)(model->lora.alpha / (double)l.rank);
-  }
   for (size_t i = 0; i < n; i++) {
     if (tensor[i].lora) {
-      l.a[l.parts] = &adapter->tensor[tensor[i].lora - 1];
+      l.adapters = model->adapter->param;
+      l.dadapters = grad;
+      l.rank = model->lora.rank;
+      l.scale = (real)(model->lora.alpha / (double)l.rank);
+      l.a[l.parts] = &model->adapter->tensor[tensor[i].lora - 1];
       l.from[l.parts++] = l.out;
     }
     l.out += tensor[i].rows;
@@ -1782,7 +1780,6 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
 void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
   TbrModel *adapter = mem_new(1, sizeof *adapter);
   size_t length = 0; /* of the targets that there are, with their commas */
-  adapter->config = model->config;
   adapter->tensor = mem_new(times(2, model->n_tensors), sizeof(TbrTensor));
   for (size_t i = 0; i < model->n_tensors; i++) {
     TbrTensor *base = &model->tensor[i];
@@ -1799,9 +1796,9 @@ void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
   }
   if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0) ||
       length != (strlen(lora->targets) + 1) * model->config.layers)
-    tbr_fail("adapters should have a rank from 1 to 2^20, alpha above 0, and "
-             "as targets some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,"
-             "down_proj, not %s",
+    tbr_fail("adapters need a rank from 1 to 2^20, alpha above 0, and targets "
+             "like q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj, "
+             "not %s",
              lora->targets);
   adapter->param = mem_new(adapter->n_params, sizeof *adapter->param);
   for (size_t i = 0; i < adapter->n_tensors; i += 2) { /* A, as PEFT does */
@@ -5659,8 +5656,7 @@ static void verb_train(const Options *options) {
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
   int widens = vocab > pair.model->config.vocab;
   if (lora.rank > 0 && widens)
-    tbr_fail("%s: lacks tokens of a dialogue, and LoRA cannot add them; train "
-             "it in full first",
+    tbr_fail("%s: lacks tokens of a dialogue, which only a full training adds",
              options->base);
   if (widens) pair.model = model_widen(pair.model, vocab, options->seed);
   lora.base = options->base;
