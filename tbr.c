@@ -1842,7 +1842,10 @@ static void lora_write(const TbrLora *lora, const char *directory) {
              lora->alpha);
   add_json(&json, "'target_modules': ['");
   for (const char *c = lora->targets; *c; c++)
-    buf_add(&json, *c == ',' ? "\", \"" : c, *c == ',' ? 4 : 1);
+    if (*c == ',')
+      add_json(&json, "', '");
+    else
+      buf_char(&json, *c);
   add_json(&json, "']}");
   write_in(directory, "adapter_config.json", json.s, json.n);
   buf_free(&json);
@@ -2213,7 +2216,8 @@ size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   for (size_t i = 0; i < ACTS; i++)
     numbers += part[i].n;
   size_t frozen = times(sizeof(real), model->n_params) - 2 * model->n_halves;
-  return times(numbers, sizeof(real)) + (model->adapter ? frozen : 0);
+  if (!model->adapter) frozen = 0;
+  return times(numbers, sizeof(real)) + frozen;
 }
 
 /* A training before its first step, to be freed with trainer_free; fails if
@@ -5542,8 +5546,8 @@ static Pair pair_load(const char *model, const char *tokenizer, int lora) {
              model);
   Pair pair = {.model = lora ? tbr_model_load_base(model, 1)
                              : tbr_model_load(model)};
-  const char *base = pair.model->lora.base;
-  if (!*tokenizer) tokenizer = base ? base : model;
+  if (!*tokenizer && pair.model->lora.base) tokenizer = pair.model->lora.base;
+  if (!*tokenizer) tokenizer = model;
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
   return pair;
 }

@@ -210,10 +210,20 @@ void tbr_model_free(TbrModel *model);
  * <|bos|> and <|eos|>, and with the mark of the training that made the model
  * (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
-TbrModel *tbr_model_load_base(const char *path, int halves);
-void tbr_lora_add(TbrModel *model, const TbrLora *lora);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training);
+
+/* The same of a model that adapters are to be added to. With `halves`, matrices
+ * that have 16 bits in the file keep them in memory; then only adapters can be
+ * trained, and only they be saved, with the same bits as if it had been read in
+ * single precision. */
+TbrModel *tbr_model_load_base(const char *path, int halves);
+
+/* Adds adapters, which alone are trained and saved from then on: tbr_loss adds
+ * to their gradient (adapter->n_params), and tbr_model_save writes them as PEFT
+ * does. Directories of such adapters are read by tbr_model_load, which adds
+ * them to the matrices of their base. */
+void tbr_lora_add(TbrModel *model, const TbrLora *lora);
 
 /* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;
