@@ -49,6 +49,8 @@
 __declspec(dllimport) int __stdcall MoveFileExA(const char *, const char *,
                                                 unsigned long);
 #define rename(old, new) (MoveFileExA(old, new, 1) ? 0 : -1)
+#define fseeko _fseeki64
+#define ftello _ftelli64
 #else
 #include <sys/stat.h>
 #include <unistd.h>
@@ -124,6 +126,10 @@ static void write_in(const char *directory, const char *name, const void *bytes,
                      size_t n);
 static void make_directory(const char *path);
 
+/* Opens a file of which parts are read, and tells its size; reads n bytes. */
+static FILE *part_open(const char *path, size_t *size);
+static void part_read(FILE *f, const char *path, size_t at, void *to, size_t n);
+
 /* A file being written, under a name that no other process uses. out_close
  * brings it to the disk and gives it its final name. */
 typedef struct {
@@ -174,7 +180,7 @@ static real dot(const real *a, const real *b, size_t n);
 typedef struct {
   uint64_t state;
 } Rng;
-enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS };
+enum { FOR_INIT = 1, FOR_ORDER, FOR_SAMPLING, FOR_WORLD, FOR_ROWS, FOR_LORA };
 static Rng rng_stream(uint64_t seed, uint64_t purpose, uint64_t index);
 
 /* Uniform in [0, 1), all 53 bits; uniform in 0 .. n-1, without bias, n > 0;
@@ -203,31 +209,46 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n);
 enum { KC = TBR_KC, MC = TBR_MC, NC = TBR_NC, NR = 16 /* panel's columns */ };
 enum { GEMM_SCRATCH = KC * (MC + NC) }; /* numbers that one thread needs */
 
+/* How numbers lie in a file; in memory either as real or in such 16 bits. */
+typedef enum { F32, F16, BF16, ST_TYPES } StType;
+
 /* A matrix: element (i, j) is at[i * row_stride + j * column_stride], so that a
  * transpose is the same memory with the strides exchanged. Packed, it lies in
  * panels of NR columns, each in the order [i][j % NR] in which products read B:
- * then row_stride leads from one panel to the next, and column_stride is 0. */
+ * then row_stride leads from one panel to the next, and column_stride is 0.
+ * One of 16 bits is in `half` instead; only a B may be. */
 typedef struct {
   const real *at;
   size_t row_stride, column_stride;
+  const uint16_t *half;
+  StType type;
 } Mat;
 
 /* The matrix whose rows, of numbers side by side, are `stride` apart; its
  * transpose; and a packed one, whose panels are `stride` apart. */
-static Mat mat(const real *at, size_t stride) { return (Mat){at, stride, 1}; }
+static Mat mat(const real *at, size_t stride) {
+  return (Mat){.at = at, .row_stride = stride, .column_stride = 1};
+}
 static Mat transposed(const real *at, size_t stride) {
-  return (Mat){at, 1, stride};
+  return (Mat){.at = at, .row_stride = 1, .column_stride = stride};
 }
 static Mat packed_mat(const real *at, size_t stride) {
-  return (Mat){at, stride, 0};
+  return (Mat){.at = at, .row_stride = stride, .column_stride = 0};
 }
 static inline int is_packed(Mat m) { return m.column_stride == 0; }
+
+/* Copies n numbers of row i (or of column i, if numbers of columns lie side by
+ * side), widened. */
+static void mat_line(real *to, Mat m, size_t i, size_t n);
 
 /* What begins at a row and a column (where packed, one divisible by NR). */
 static inline Mat part_from(Mat whole, size_t row, size_t column) {
   size_t ahead = row * whole.row_stride + column * whole.column_stride;
   if (is_packed(whole)) ahead = column / NR * whole.row_stride + row * NR;
-  whole.at += ahead;
+  if (whole.half)
+    whole.half += ahead;
+  else
+    whole.at += ahead;
   return whole;
 }
 
@@ -317,29 +338,33 @@ static void csv_quote(Buf *out, const char *cell);
 
 /* The number that n bytes stand for, the lowest first. Reads n numbers of a
  * type; returns where they end. */
-typedef enum { F32, F16, BF16, ST_TYPES } StType;
 static uint64_t little_endian(const char *bytes, size_t n);
 static const char *read_numbers(real *to, const char *at, StType as, size_t n);
 
-/* A file of safetensors; opening checks that its n tensors just fill it. */
+/* A file of safetensors; opening checks that its n tensors just fill it. Their
+ * numbers, from `data` on, are only read by st_read. */
 typedef struct {
-  char *file, *data;
+  char *path;
+  FILE *file;
   Json *header;
-  size_t n;
+  size_t data, n;
 } SafeTensors;
 static SafeTensors *st_open(const char *path);
 static void st_close(SafeTensors *st);
 
-/* The numbers of tensors, whose names in a file begin with prefix. */
+/* The numbers of tensors, whose names in a file begin with prefix; or of those
+ * with several rows, as they are in 16 bits. */
 typedef struct {
   const char *prefix;
   real *at;
+  uint16_t *half;
 } Block;
 
 /* Reads, or writes as F32, n tensors of each block. Reading checks the shapes,
- * and where `at` is NULL does no more. metadata is a JSON object. */
-static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
-                    const Block *block, size_t n_blocks);
+ * and where `at` is NULL does no more; it returns the type of the last tensor.
+ * metadata is a JSON object. */
+static StType st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
+                      const Block *block, size_t n_blocks);
 static void st_write(const char *path, const char *metadata,
                      const TbrTensor *tensor, size_t n, const Block *block,
                      size_t n_blocks);
@@ -398,6 +423,10 @@ static void config_write(const TbrConfig *config, const char *directory,
  * where its size is what follows from that; its parameters, for a model. */
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
 static void bin_weights(TbrModel *model, const char *file);
+
+/* Checks that a directory has all tensors of a model, and reads them if there
+ * is memory for them. */
+static void weights_read(TbrModel *model, const char *directory);
 
 /* ======================================================================
  * PART ONE: THE METHOD
@@ -942,36 +971,82 @@ typedef struct {
   Span *spans;
 } Batch;
 
-/* y (rows,out) = x (rows,in) W^T (in,out) */
-static void linear_forward(real *y, const real *x, Mat wt, size_t rows,
-                           size_t in, size_t out) {
-  gemm(rows, out, in, mat(x, in), wt, 0, y, out);
+/* A weight matrix W (out,in) with W^T, in generation a packed copy, and its
+ * gradient; where that is NULL, W is frozen. Adapters of some of its outputs,
+ * `from` the first of them on, add scale x A^T B^T (LoRA: Hu et al., 2021): a
+ * is A's tensor (rank,in), a[1] B's (width,rank), in the blocks `adapters` and,
+ * of the gradient, dadapters. bias, dbias (out): NULL where there is none. */
+typedef struct {
+  Mat w, wt;
+  real *bias, *dbias;
+  real *dw, *adapters, *dadapters, scale;
+  size_t in, out, rank, parts, from[3];
+  const TbrTensor *a[3];
+} Linear;
+
+/* scale x (rows,n) m (n,rank), in fresh memory (rows,rank) */
+static real *low_rank(const Linear *l, Mat x, Mat m, size_t rows, size_t n) {
+  real *low = mem_raw(rows, l->rank * sizeof *low);
+  gemm(rows, l->rank, n, x, m, 0, low, l->rank);
+  for (size_t i = 0; i < rows * l->rank; i++)
+    low[i] *= l->scale;
+  return low;
 }
 
-/* y (rows,out) = residual (rows,out) + x (rows,in) W^T (in,out) */
-static void linear_residual(real *y, const real *residual, const real *x,
-                            Mat wt, size_t rows, size_t in, size_t out) {
-  memcpy(y, residual, rows * out * sizeof *y);
-  gemm(rows, out, in, mat(x, in), wt, 1, y, out);
+static const real unit = 1; /* with stride 0, a matrix of ones */
+
+/* y (rows,out) = residual (rows,out; or NULL) + x (rows,in) W^T (in,out) + bias
+ */
+static void linear_forward(real *y, const real *residual, const real *x,
+                           const Linear *l, size_t rows) {
+  size_t in = l->in, out = l->out, rank = l->rank;
+  if (residual) memcpy(y, residual, rows * out * sizeof *y);
+  gemm(rows, out, in, mat(x, in), l->wt, residual != NULL, y, out);
+  if (l->bias) gemm(rows, out, 1, mat(&unit, 0), mat(l->bias, out), 1, y, out);
+  for (size_t i = 0; i < l->parts; i++) {
+    const TbrTensor *b = l->a[i] + 1;
+    Mat at = transposed(l->adapters + l->a[i]->at, in);
+    Mat bt = transposed(l->adapters + b->at, rank);
+    /* y (rows,width) += low (rows,rank) B^T (rank,width) */
+    real *low = low_rank(l, mat(x, in), at, rows, in);
+    gemm(rows, b->rows, rank, mat(low, rank), bt, 1, y + l->from[i], out);
+    free(low);
+  }
 }
 
-/* dx (rows,in) = dy (rows,out) W (out,in) */
-static void linear_backward(real *dx, const real *dy, const real *w,
-                            size_t rows, size_t in, size_t out) {
-  gemm(rows, in, out, mat(dy, out), mat(w, in), 0, dx, in);
-}
-
-/* dW (out,in) += dy^T (out,rows) x (rows,in) */
-static void linear_gradient(real *dw, const real *dy, const real *x,
-                            size_t rows, size_t in, size_t out) {
-  gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, dw, in);
+/* dx (rows,in) = dy (rows,out) W (out,in); dW (out,in) += dy^T (out,rows) x
+ * (rows,in), or the gradients of the adapters. */
+static void linear_backward(real *dx, const real *dy, const real *x,
+                            const Linear *l, size_t rows) {
+  size_t in = l->in, out = l->out, rank = l->rank;
+  gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
+  if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
+  if (l->dbias)
+    gemm(out, 1, rows, transposed(dy, out), mat(&unit, 0), 1, l->dbias, 1);
+  for (size_t i = 0; i < l->parts; i++) {
+    size_t a = l->a[i]->at, b = l->a[i][1].at, width = l->a[i][1].rows;
+    const real *dy_part = dy + l->from[i]; /* (rows,width) */
+    Mat at = transposed(l->adapters + a, in);
+    real *low = low_rank(l, mat(x, in), at, rows, in);
+    real *dlow =
+        low_rank(l, mat(dy_part, out), mat(l->adapters + b, rank), rows, width);
+    /* dx (rows,in) += dlow A; dA (rank,in) += dlow^T x; dB (width,rank) +=
+     * dy^T low */
+    gemm(rows, in, rank, mat(dlow, rank), mat(l->adapters + a, in), 1, dx, in);
+    gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1,
+         l->dadapters + a, in);
+    gemm(width, rank, rows, transposed(dy_part, out), mat(low, rank), 1,
+         l->dadapters + b, rank);
+    free(low);
+    free(dlow);
+  }
 }
 
 /* x (rows,dim) = the rows of table (vocab,dim) that ids name */
-static void embedding_forward(real *x, const real *table, const int32_t *ids,
+static void embedding_forward(real *x, Mat table, const int32_t *ids,
                               size_t rows, size_t dim) {
   for (size_t r = 0; r < rows; r++)
-    memcpy(x + r * dim, table + (size_t)ids[r] * dim, dim * sizeof *x);
+    mat_line(x + r * dim, table, (size_t)ids[r], dim);
 }
 
 /* dtable[ids[r]] += dx[r], in order: threads share out columns. */
@@ -1001,8 +1076,9 @@ static void rmsnorm_forward(real *y, real *rstd, const real *x, const real *w,
   }
 }
 
-/* dx += rstd (dy w - x rstd^2 mean(dy w x)); dw += the sum over rows of
- * dy x rstd, in order: threads share out columns. scratch (rows,dim). */
+/* dx += rstd (dy w - x rstd^2 mean(dy w x)); dw, unless NULL, += the sum over
+ * rows of dy x rstd, in order: threads share out columns. scratch (rows,dim).
+ */
 static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
                              const real *rstd, const real *w, size_t rows,
                              size_t dim, real *scratch) {
@@ -1019,6 +1095,7 @@ static void rmsnorm_backward(real *dx, real *dw, const real *dy, const real *x,
     for (size_t j = 0; j < dim; j++)
       dxr[j] += factor * (dyw[j] - xr[j] * mean);
   }
+  if (!dw) return;
 #pragma omp parallel for num_threads(threads())
   for (size_t from = 0; from < dim; from += NR) {
     size_t end = smaller(from + NR, dim);
@@ -1200,9 +1277,9 @@ static void swiglu_forward(real *y, const real *gate_up, size_t rows,
   }
 }
 
-/* dgate_up (rows,2 hidden), given dy (rows,hidden); and y once more. */
-static void swiglu_backward(real *dgate_up, real *y, const real *dy,
-                            const real *gate_up, size_t rows, size_t hidden) {
+/* dgate_up (rows,2 hidden), given dy (rows,hidden). */
+static void swiglu_backward(real *dgate_up, const real *dy, const real *gate_up,
+                            size_t rows, size_t hidden) {
 #pragma omp parallel for num_threads(threads())
   for (size_t r = 0; r < rows; r++) {
     const real *gate = gate_up + r * 2 * hidden;
@@ -1210,13 +1287,10 @@ static void swiglu_backward(real *dgate_up, real *y, const real *dy,
     const real *dyr = dy + r * hidden;
     real *dgate = dgate_up + r * 2 * hidden;
     real *dup = dgate + hidden;
-    real *yr = y + r * hidden;
 #pragma omp simd
     for (size_t j = 0; j < hidden; j++) {
-      real below = 1 + exp_real(-gate[j]);
-      real sigmoid = 1 / below;
+      real sigmoid = 1 / (1 + exp_real(-gate[j]));
       real silu = gate[j] * sigmoid;
-      yr[j] = gate[j] / below * up[j];
       dup[j] = dyr[j] * silu;
       dgate[j] = dyr[j] * up[j] * (sigmoid + silu * (1 - sigmoid));
     }
@@ -1252,7 +1326,7 @@ static void cross_entropy(real *loss, real *logits, const int32_t *target,
  * classifier, which may be the embedding ("tied"). All parameters lie in one
  * block; q, k, v are neighbours and so are gate and up, so that each group is
  * one matrix product. Gradients, and AdamW's two moments, are blocks of the
- * same shape. Left out: biases, scaled rotary embedding, dropout.
+ * same shape. A Qwen 2 also has biases of q, k and v. Left out: dropout.
  * ====================================================================== */
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -1272,7 +1346,9 @@ static size_t qkv_width(const TbrConfig *c) {
 
 /* ---- parameters -------------------------------------------------------- */
 
-enum { LAYER_TENSORS = 9 };
+static size_t layer_tensors(const TbrConfig *config) {
+  return config->biased ? 12 : 9;
+}
 
 /* Adds a tensor behind the last one; its name gets a prefix. */
 static void model_add(TbrModel *model, const char *prefix, const char *name,
@@ -1296,8 +1372,8 @@ static TbrModel *model_shape(const TbrConfig *config) {
   size_t q = q_width(config), kv = kv_width(config);
   TbrModel *model = mem_new(1, sizeof *model);
   model->config = *config;
-  model->tensor =
-      mem_new(times(LAYER_TENSORS, config->layers) + 3, sizeof(TbrTensor));
+  model->tensor = mem_new(times(layer_tensors(config), config->layers) + 3,
+                          sizeof(TbrTensor));
   model_add(model, "", "model.embed_tokens.weight", vocab, dim);
   for (size_t i = 0; i < config->layers; i++) {
     char layer[40];
@@ -1306,6 +1382,11 @@ static TbrModel *model_shape(const TbrConfig *config) {
     model_add(model, layer, "self_attn.q_proj.weight", q, dim);
     model_add(model, layer, "self_attn.k_proj.weight", kv, dim);
     model_add(model, layer, "self_attn.v_proj.weight", kv, dim);
+    if (config->biased) {
+      model_add(model, layer, "self_attn.q_proj.bias", 1, q);
+      model_add(model, layer, "self_attn.k_proj.bias", 1, kv);
+      model_add(model, layer, "self_attn.v_proj.bias", 1, kv);
+    }
     model_add(model, layer, "self_attn.o_proj.weight", dim, q);
     model_add(model, layer, "post_attention_layernorm.weight", 1, dim);
     model_add(model, layer, "mlp.gate_proj.weight", hidden, dim);
@@ -1325,9 +1406,21 @@ TbrModel *tbr_model_new(const TbrConfig *config) {
 
 void tbr_model_free(TbrModel *model) {
   if (!model) return;
+  tbr_model_free(model->adapter);
   free(model->tensor);
   free(model->param);
+  free(model->half);
+  free((char *)model->lora.base);
+  free((char *)model->lora.targets);
   free(model);
+}
+
+/* What of a model is trained: its adapters, if it has some; its file. */
+static const TbrModel *learner(const TbrModel *model) {
+  return model->adapter ? model->adapter : model;
+}
+static const char *weights_file(const TbrModel *model) {
+  return model->adapter ? "adapter_model.safetensors" : "model.safetensors";
 }
 
 /* What a layer adds to the residual stream begins small. */
@@ -1343,46 +1436,85 @@ void tbr_model_init(TbrModel *model, uint64_t seed) {
     Rng rng = rng_stream(seed, FOR_INIT, i);
     for (size_t j = 0; j < tensor->rows * tensor->columns; j++)
       if (tensor->rows == 1)
-        param[j] = 1;
+        param[j] = strstr(name, ".bias") ? 0 : 1;
       else
         param[j] = (real)(float)(deviation * rng_normal(&rng));
   }
 }
 
-/* Where the parts of a layer are in a block of parameters or of gradients; W^T
- * of its four products are views of them, in generation packed copies. */
+/* The matrix of a tensor. Where matrices have 16 bits, param holds only what
+ * has one row, and `at` counts both kinds alone. */
+static Mat mat_at(const TbrModel *model, size_t tensor) {
+  const TbrTensor *t = &model->tensor[tensor];
+  Mat m = {.row_stride = t->columns, .column_stride = 1};
+  m.type = (StType)model->half_type;
+  if (model->half && t->rows > 1)
+    m.half = model->half + t->at;
+  else
+    m.at = model->param + t->at;
+  return m;
+}
+
+/* Where the gradient of a tensor is; NULL: it is frozen, or none is wanted. */
+static real *grad_at(const TbrModel *model, real *grad, size_t tensor) {
+  if (!grad || model->adapter) return NULL;
+  return grad + model->tensor[tensor].at;
+}
+
+/* n matrices that are neighbours, the first of them tensor `first`, as one. */
+static Linear linear_at(const TbrModel *model, real *grad, size_t first,
+                        size_t n) {
+  const TbrTensor *tensor = &model->tensor[first];
+  Linear l = {.w = mat_at(model, first), .in = tensor->columns};
+  l.wt = l.w;
+  l.wt.row_stride = 1;
+  l.wt.column_stride = l.in;
+  l.dw = grad_at(model, grad, first);
+  if (first + n < model->n_tensors && ends_with(tensor[n].name, ".bias")) {
+    l.bias = model->param + tensor[n].at;
+    l.dbias = grad_at(model, grad, first + n);
+  }
+  for (size_t i = 0; i < n; i++) {
+    if (tensor[i].lora) {
+      l.adapters = model->adapter->param;
+      l.dadapters = grad;
+      l.rank = model->lora.rank;
+      l.scale = (real)(model->lora.alpha / (double)l.rank);
+      l.a[l.parts] = &model->adapter->tensor[tensor[i].lora - 1];
+      l.from[l.parts++] = l.out;
+    }
+    l.out += tensor[i].rows;
+  }
+  return l;
+}
+
+/* The parts of a layer, with their gradients in the block grad, or NULL. */
 typedef struct {
-  real *norm1, *qkv, *out, *norm2, *gate_up, *down;
-  Mat qkv_t, out_t, gate_up_t, down_t;
+  real *norm1, *norm2, *dnorm1, *dnorm2;
+  Linear qkv, out, gate_up, down;
 } Layer;
 
-static Layer layer_at(const TbrConfig *config, real *block, size_t layer) {
-  size_t dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
-  size_t size = dim * (2 + qkv + q + 3 * hidden);
-  Layer w;
-  w.norm1 = block + config->vocab * dim + layer * size;
-  w.qkv = w.norm1 + dim;
-  w.out = w.qkv + qkv * dim;
-  w.norm2 = w.out + dim * q;
-  w.gate_up = w.norm2 + dim;
-  w.down = w.gate_up + 2 * hidden * dim;
-  w.qkv_t = transposed(w.qkv, dim);
-  w.out_t = transposed(w.out, q);
-  w.gate_up_t = transposed(w.gate_up, dim);
-  w.down_t = transposed(w.down, hidden);
-  return w;
+static Layer layer_at(const TbrModel *model, real *grad, size_t layer) {
+  size_t norm1 = 1 + layer * layer_tensors(&model->config);
+  size_t out = norm1 + 4 + (model->config.biased ? 3 : 0), norm2 = out + 1;
+  return (Layer){.norm1 = model->param + model->tensor[norm1].at,
+                 .norm2 = model->param + model->tensor[norm2].at,
+                 .dnorm1 = grad_at(model, grad, norm1),
+                 .dnorm2 = grad_at(model, grad, norm2),
+                 .qkv = linear_at(model, grad, norm1 + 1, 3),
+                 .out = linear_at(model, grad, out, 1),
+                 .gate_up = linear_at(model, grad, norm2 + 1, 2),
+                 .down = linear_at(model, grad, norm2 + 3, 1)};
 }
 
-/* The gains (dim) of the last RMSNorm, which lie behind the last layer. */
-static real *final_norm(const TbrConfig *config, real *block) {
-  return layer_at(config, block, config->layers).norm1;
+/* The number of the gains of the last RMSNorm; the classifier (vocab,dim): the
+ * embedding itself where they are tied. */
+static size_t final_norm(const TbrModel *model) {
+  return 1 + model->config.layers * layer_tensors(&model->config);
 }
-
-/* The classifier (vocab,dim): the embedding itself where they are tied. */
-static real *classifier(const TbrConfig *config, real *block) {
-  if (config->tied) return block;
-  return final_norm(config, block) + config->dim;
+static Linear classifier(const TbrModel *model, real *grad) {
+  size_t last = model->n_tensors - 1;
+  return linear_at(model, grad, model->config.tied ? 0 : last, 1);
 }
 
 /* The same model with a larger vocabulary; frees the old one. A new token is
@@ -1471,6 +1603,19 @@ static void acts_parts(TbrActs *acts, const TbrConfig *config, size_t rows,
   memcpy(part, parts, sizeof parts);
 }
 
+/* How far entry j of a head turns with each position. Scaled as in Llama 3, the
+ * fewer turns it makes in the original context, the more it slows down. */
+static double rope_speed(const TbrConfig *config, size_t j) {
+  const double *scale = config->rope_scale;
+  double slower = tbr_log(config->rope_theta) / (double)(config->head_dim / 2);
+  double speed = tbr_exp(-slower * (double)j);
+  if (!(scale[0] > 0)) return speed;
+  double turns = scale[3] * speed / 6.283185307179586;
+  double kept = (turns - scale[1]) / (scale[2] - scale[1]);
+  kept = fmin(fmax(kept, 0), 1);
+  return speed * (kept + (1 - kept) / scale[0]);
+}
+
 /* Memory for `rows` tokens at a time; for training, else for generation. */
 static TbrActs *acts_new(const TbrModel *model, size_t rows, int training) {
   const TbrConfig *config = &model->config;
@@ -1479,13 +1624,13 @@ static TbrActs *acts_new(const TbrModel *model, size_t rows, int training) {
   acts_parts(acts, config, rows, training, part);
   acts->block = mem_parts(part, ACTS);
   size_t half = config->head_dim / 2;
-  double slower = tbr_log(config->rope_theta) / (double)half;
-  for (size_t i = 0; i < config->context; i++)
-    for (size_t j = 0; j < half; j++) {
-      double angle = (double)i * tbr_exp(-slower * (double)j);
-      acts->cosines[i * half + j] = (real)(float)tbr_cos(angle);
-      acts->sines[i * half + j] = (real)(float)tbr_sin(angle);
+  for (size_t j = 0; j < half; j++) {
+    double speed = rope_speed(config, j);
+    for (size_t i = 0; i < config->context; i++) {
+      acts->cosines[i * half + j] = (real)(float)tbr_cos((double)i * speed);
+      acts->sines[i * half + j] = (real)(float)tbr_sin((double)i * speed);
     }
+  }
   return acts;
 }
 
@@ -1632,26 +1777,25 @@ static void attend_backward(const TbrConfig *config, real *dqkv,
 static void layer_forward(const TbrConfig *config, const Layer *w,
                           TbrActs *acts, size_t layer, const Batch *batch,
                           const Cache *cache) {
-  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
+  size_t rows = batch->rows, dim = config->dim;
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
-  /* qkv (rows,qkv) = rope(RMSNorm(residual) (rows,dim) W_qkv^T (dim,qkv)) */
+  /* qkv (rows,qkv) = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias (qkv)) */
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
-  linear_forward(a.qkv, acts->normed, w->qkv_t, rows, dim, qkv);
-  rope(a.qkv, qkv, config->heads + config->kv_heads, config->head_dim, batch,
-       acts->cosines, acts->sines, 1);
+  linear_forward(a.qkv, NULL, acts->normed, &w->qkv, rows);
+  rope(a.qkv, w->qkv.out, config->heads + config->kv_heads, config->head_dim,
+       batch, acts->cosines, acts->sines, 1);
   /* attended (rows,q) = attention(qkv) */
   if (cache) cache_store(cache, config, layer, a.qkv, batch);
   attend_forward(config, a.attended, a.qkv, layer, batch, cache);
   /* middle (rows,dim) = residual + attended (rows,q) W_out^T (q,dim) */
-  linear_residual(a.middle, a.residual, a.attended, w->out_t, rows, q, dim);
+  linear_forward(a.middle, a.residual, a.attended, &w->out, rows);
   /* gate_up (rows,2 hidden) = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_forward(a.gate_up, acts->normed, w->gate_up_t, rows, dim, 2 * hidden);
+  linear_forward(a.gate_up, NULL, acts->normed, &w->gate_up, rows);
   /* out (rows,dim) = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  swiglu_forward(acts->hidden, a.gate_up, rows, hidden);
-  linear_residual(a.out, a.middle, acts->hidden, w->down_t, rows, hidden, dim);
+  swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
+  linear_forward(a.out, a.middle, acts->hidden, &w->down, rows);
 }
 
 /* The steps of layer_forward from the last to the first: takes dresidual from
@@ -1659,10 +1803,8 @@ static void layer_forward(const TbrConfig *config, const Layer *w,
  * What RMSNorm and SwiGLU gave is computed once more. Behind a residual sum
  * the gradient goes on both ways: through the weights, and as it is. */
 static void layer_backward(const TbrConfig *config, const Layer *w,
-                           const Layer *grad, TbrActs *acts, size_t layer,
-                           const Batch *batch) {
-  size_t rows = batch->rows, dim = config->dim, hidden = config->hidden;
-  size_t q = q_width(config), qkv = qkv_width(config);
+                           TbrActs *acts, size_t layer, const Batch *batch) {
+  size_t rows = batch->rows, dim = config->dim, qkv = w->qkv.out;
   real eps = (real)config->norm_eps;
   LayerActs a = acts_at(config, acts, layer);
   real *dresidual = acts->dresidual;
@@ -1671,31 +1813,26 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   real *dnormed = acts->dshared;   /* (rows,dim) */
   real *dattended = acts->dshared; /* (rows,q) */
   /* out = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  linear_backward(dhidden, dresidual, w->down, rows, hidden, dim);
-  swiglu_backward(acts->dgate_up, acts->hidden, dhidden, a.gate_up, rows,
-                  hidden);
-  linear_gradient(grad->down, dresidual, acts->hidden, rows, hidden, dim);
+  swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
+  linear_backward(dhidden, dresidual, acts->hidden, &w->down, rows);
+  swiglu_backward(acts->dgate_up, dhidden, a.gate_up, rows, config->hidden);
   /* gate_up = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_backward(dnormed, acts->dgate_up, w->gate_up, rows, dim, 2 * hidden);
-  linear_gradient(grad->gate_up, acts->dgate_up, acts->normed, rows, dim,
-                  2 * hidden);
-  rmsnorm_backward(dresidual, grad->norm2, dnormed, a.middle, a.rstd2, w->norm2,
+  linear_backward(dnormed, acts->dgate_up, acts->normed, &w->gate_up, rows);
+  rmsnorm_backward(dresidual, w->dnorm2, dnormed, a.middle, a.rstd2, w->norm2,
                    rows, dim, acts->normed);
   /* middle = residual + attended W_out^T (q,dim) */
-  linear_backward(dattended, dresidual, w->out, rows, q, dim);
-  linear_gradient(grad->out, dresidual, a.attended, rows, q, dim);
+  linear_backward(dattended, dresidual, a.attended, &w->out, rows);
   /* attended = attention(qkv) */
   memset(acts->dqkv, 0, rows * qkv * sizeof(real));
   attend_backward(config, acts->dqkv, dattended, a.qkv, batch);
-  /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv)) */
+  /* qkv = rope(RMSNorm(residual) W_qkv^T (dim,qkv) + bias) */
   rope(acts->dqkv, qkv, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, -1);
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
-  linear_backward(dnormed, acts->dqkv, w->qkv, rows, dim, qkv);
-  linear_gradient(grad->qkv, acts->dqkv, acts->normed, rows, dim, qkv);
-  rmsnorm_backward(dresidual, grad->norm1, dnormed, a.residual, a.rstd1,
-                   w->norm1, rows, dim, acts->normed);
+  linear_backward(dnormed, acts->dqkv, acts->normed, &w->qkv, rows);
+  rmsnorm_backward(dresidual, w->dnorm1, dnormed, a.residual, a.rstd1, w->norm1,
+                   rows, dim, acts->normed);
 }
 
 /* ---- the loss ---------------------------------------------------------- */
@@ -1739,8 +1876,10 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
   const TbrConfig *config = &model->config;
   size_t dim = config->dim, vocab = config->vocab;
   size_t tokens = sequences->tokens, wide = LOSS_ROWS * dim;
-  const real *norm = final_norm(config, model->param);
-  const real *w = classifier(config, model->param);
+  size_t last_norm = final_norm(model);
+  const real *norm = model->param + model->tensor[last_norm].at;
+  real *dnorm = grad_at(model, grad, last_norm);
+  Linear w = classifier(model, grad);
   real *x = mem_raw(times(LOSS_ROWS, 4 * dim + vocab), sizeof *x);
   real *normed = x + wide, *dx = normed + wide, *dnormed = dx + wide;
   real *logits = dnormed + wide;
@@ -1760,17 +1899,15 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
     }
     /* logits (n,vocab) = RMSNorm(x) (n,dim) w^T (dim,vocab) */
     rmsnorm_forward(normed, rstd, x, norm, n, dim, (real)config->norm_eps);
-    linear_forward(logits, normed, transposed(w, dim), n, dim, vocab);
+    linear_forward(logits, NULL, normed, &w, n);
     cross_entropy(loss, logits, target, n, vocab, grad ? scale : 0);
     for (size_t r = 0; r < n; r++)
       sum += (double)loss[r];
     if (!grad) continue;
     /* the same backwards; logits are their gradient now */
-    linear_backward(dnormed, logits, w, n, dim, vocab);
-    linear_gradient(classifier(config, grad), logits, normed, n, dim, vocab);
+    linear_backward(dnormed, logits, normed, &w, n);
     memset(dx, 0, n * dim * sizeof *dx);
-    rmsnorm_backward(dx, final_norm(config, grad), dnormed, x, rstd, norm, n,
-                     dim, normed);
+    rmsnorm_backward(dx, dnorm, dnormed, x, rstd, norm, n, dim, normed);
     for (size_t r = 0; r < n; r++)
       memcpy(acts->dresidual + row[r] * dim, dx + r * dim, dim * sizeof *dx);
   }
@@ -1784,9 +1921,10 @@ static const real *model_forward(const TbrModel *model, TbrActs *acts,
                                  const int32_t *id, const Batch *batch,
                                  const Layer *ready, const Cache *cache) {
   const TbrConfig *config = &model->config;
-  embedding_forward(acts->residual, model->param, id, batch->rows, config->dim);
+  embedding_forward(acts->residual, mat_at(model, 0), id, batch->rows,
+                    config->dim);
   for (size_t layer = 0; layer < config->layers; layer++) {
-    Layer w = ready ? ready[layer] : layer_at(config, model->param, layer);
+    Layer w = ready ? ready[layer] : layer_at(model, NULL, layer);
     layer_forward(config, &w, acts, layer, batch, cache);
   }
   return acts_at(config, acts, config->layers).residual;
@@ -1800,25 +1938,25 @@ double tbr_loss(const TbrModel *model, TbrActs *acts,
   const real *last = model_forward(model, acts, id, &batch, NULL, NULL);
   double loss = sum_loss(model, acts, last, sequences, grad, (real)scale);
   for (size_t layer = config->layers; grad && layer-- > 0;) {
-    Layer w = layer_at(config, model->param, layer);
-    Layer dw = layer_at(config, grad, layer);
-    layer_backward(config, &w, &dw, acts, layer, &batch);
+    Layer w = layer_at(model, grad, layer);
+    layer_backward(config, &w, acts, layer, &batch);
   }
-  if (grad)
-    embedding_backward(grad, acts->dresidual, id, batch.rows, config->dim);
+  real *dtable = grad_at(model, grad, 0);
+  if (dtable)
+    embedding_backward(dtable, acts->dresidual, id, batch.rows, config->dim);
   free(batch.spans);
   return loss;
 }
 
-/* logits (rows,vocab) = RMSNorm(x) (rows,dim) wt (dim,vocab); wt is W^T of the
+/* logits (rows,vocab) = RMSNorm(x) (rows,dim) W^T (dim,vocab); w is the
  * classifier. Uses arrays that the layers are done with. */
 static void final_logits(const TbrModel *model, TbrActs *acts, real *logits,
-                         const real *x, Mat wt, size_t rows) {
+                         const real *x, const Linear *w, size_t rows) {
   const TbrConfig *config = &model->config;
   rmsnorm_forward(acts->normed, acts_at(config, acts, 0).rstd1, x,
-                  final_norm(config, model->param), rows, config->dim,
-                  (real)config->norm_eps);
-  linear_forward(logits, acts->normed, wt, rows, config->dim, config->vocab);
+                  model->param + model->tensor[final_norm(model)].at, rows,
+                  config->dim, (real)config->norm_eps);
+  linear_forward(logits, NULL, acts->normed, w, rows);
 }
 
 void tbr_logits(const TbrModel *model, TbrActs *acts,
@@ -1827,15 +1965,144 @@ void tbr_logits(const TbrModel *model, TbrActs *acts,
   const int32_t *id = sequences->id;
   Batch batch = batch_of(config, sequences, acts->rows);
   const real *last = model_forward(model, acts, id, &batch, NULL, NULL);
-  Mat wt = transposed(classifier(config, model->param), config->dim);
-  final_logits(model, acts, logits, last, wt, batch.rows);
+  Linear w = classifier(model, NULL);
+  final_logits(model, acts, logits, last, &w, batch.rows);
   free(batch.spans);
+}
+
+/* ---- low-rank adapters -------------------------------------------------- */
+
+void tbr_lora_add(TbrModel *model, const TbrLora *lora) {
+  TbrModel *adapter = mem_new(1, sizeof *adapter);
+  size_t length = 0; /* of the targets that there are, with their commas */
+  adapter->tensor = mem_new(times(2, model->n_tensors), sizeof(TbrTensor));
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *base = &model->tensor[i];
+    char *name = format_string("base_model.model.%s", base->name);
+    *strrchr(name, '.') = 0;
+    const char *word = strrchr(name, '.') + 1;
+    if (ends_with(base->name, "_proj.weight") && strstr(lora->targets, word)) {
+      length += strlen(word) + 1;
+      base->lora = adapter->n_tensors + 1;
+      model_add(adapter, name, ".lora_A.weight", lora->rank, base->columns);
+      model_add(adapter, name, ".lora_B.weight", base->rows, lora->rank);
+    }
+    free(name);
+  }
+  if (lora->rank == 0 || lora->rank > 1 << 20 || !(lora->alpha > 0) ||
+      length != (strlen(lora->targets) + 1) * model->config.layers)
+    tbr_fail("adapters need a rank from 1 to 2^20, alpha above 0, and targets "
+             "like q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj, "
+             "not %s",
+             lora->targets);
+  adapter->param = mem_new(adapter->n_params, sizeof *adapter->param);
+  for (size_t i = 0; i < adapter->n_tensors; i += 2) { /* A, as PEFT does */
+    const TbrTensor *a = &adapter->tensor[i];
+    double bound = 1 / sqrt((double)a->columns);
+    Rng rng = rng_stream(lora->seed, FOR_LORA, i);
+    for (size_t j = a->at; j < a[1].at; j++)
+      adapter->param[j] = (real)(float)(bound * (2 * rng_uniform(&rng) - 1));
+  }
+  model->adapter = adapter;
+  model->lora = *lora;
+  model->lora.base = copy_string(lora->base);
+  model->lora.targets = copy_string(lora->targets);
+}
+
+/* Adds the adapters to the matrices, W (out,in) += scale B (out,rank) A
+ * (rank,in), whose numbers are no 16 bits, and takes them away. */
+static void lora_merge(TbrModel *model) {
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *tensor = &model->tensor[i];
+    if (!tensor->lora) continue;
+    Linear l = linear_at(model, NULL, i, 1);
+    real *a = l.adapters + l.a[0]->at, *b = l.adapters + l.a[0][1].at;
+    for (size_t j = 0; j < l.out * l.rank; j++)
+      b[j] *= l.scale;
+    gemm(l.out, l.in, l.rank, mat(b, l.rank), mat(a, l.in), 1,
+         model->param + tensor->at, l.in);
+    tensor->lora = 0;
+  }
+  tbr_model_free(model->adapter);
+  model->adapter = NULL;
+}
+
+/* Writes adapter_config.json. */
+static void lora_write(const TbrLora *lora, const char *directory) {
+  Buf json = {0};
+  add_json(&json, "{'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', "
+                  "'bias': 'none', 'init_lora_weights': true");
+  json_field(&json, "base_model_name_or_path", lora->base);
+  buf_printf(&json, ", \"r\": %zu, \"lora_alpha\": %.17g, ", lora->rank,
+             lora->alpha);
+  add_json(&json, "'target_modules': ['");
+  for (const char *c = lora->targets; *c; c++)
+    if (*c == ',')
+      add_json(&json, "', '");
+    else
+      buf_char(&json, *c);
+  add_json(&json, "']}");
+  write_in(directory, "adapter_config.json", json.s, json.n);
+  buf_free(&json);
+}
+
+/* Reads a PEFT adapter with its base. */
+static TbrModel *lora_read(const char *directory, int halves) {
+  char *path = path_in(directory, "adapter_config.json");
+  char *weights = path_in(directory, "adapter_model.safetensors");
+  Json *json = json_read(path);
+  Buf targets = {0};
+  json_must(
+      json,
+      "{'peft_type':'LORA','bias':'none','use_rslora':false,'use_dora':"
+      "false,'fan_in_fan_out':false,'init_lora_weights':true,"
+      "'layers_to_transform':null,'modules_to_save':null}",
+      "adapters are of \"LORA\", of one rank, without biases or variants");
+  const Json *list = json_get(json, "target_modules");
+  const Json *alphas = json_get(json, "alpha_pattern");
+  if (!list || (alphas && alphas->length))
+    tbr_fail("%s: needs \"target_modules\", and no \"alpha_pattern\"", path);
+  for (const Json *item = list->child; item; item = item->next)
+    buf_printf(&targets, ",%s", item->string ? item->string : "");
+  TbrLora lora = {.alpha = json_number(json, "lora_alpha", 0)};
+  whole(json_number(json, "r", 0), &lora.rank);
+  lora.base = json_string(json, "base_model_name_or_path", "");
+  lora.targets = targets.n ? targets.s + 1 : "";
+  TbrModel *model = tbr_model_load_base(lora.base, halves);
+  tbr_lora_add(model, &lora);
+  const TbrModel *adapter = model->adapter;
+  SafeTensors *st = st_open(weights);
+  if (st->n != adapter->n_tensors)
+    tbr_fail("%s: has %zu tensors; %zu follow from %s", weights, st->n,
+             adapter->n_tensors, path);
+  st_read(st, adapter->tensor, st->n,
+          &(Block){.prefix = "", .at = adapter->param}, 1);
+  st_close(st);
+  buf_free(&targets);
+  json_free(json);
+  free(path);
+  free(weights);
+  return model;
 }
 
 /* ---- loading and saving ------------------------------------------------ */
 
+/* Memory for the parameters; with `halves`, matrices in 16 bits. */
+static void model_room(TbrModel *model, int halves) {
+  size_t n[2] = {0}; /* numbers, and those of 16 bits */
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    TbrTensor *tensor = &model->tensor[i];
+    int half = halves && tensor->rows > 1;
+    tensor->at = n[half];
+    n[half] += tensor->rows * tensor->columns;
+  }
+  model->n_halves = n[1];
+  model->param = mem_raw(n[0], sizeof *model->param);
+  if (halves) model->half = mem_raw(n[1], sizeof *model->half);
+}
+
 /* Names and shapes are checked before anything is allocated by them. */
-TbrModel *tbr_model_load(const char *path) {
+TbrModel *tbr_model_load_base(const char *path, int halves) {
   if (ends_with(path, ".bin")) {
     size_t size;
     char *file = read_file(path, &size);
@@ -1846,36 +2113,44 @@ TbrModel *tbr_model_load(const char *path) {
     return model;
   }
   char *config_path = path_in(path, "config.json");
-  char *weights = path_in(path, "model.safetensors");
   if (!file_exists(config_path))
     tbr_fail("%s: is no model: neither a directory with a config.json nor a "
              "llama2.c file that ends in .bin",
              path);
   TbrConfig config = config_read(config_path);
-  SafeTensors *st = st_open(weights);
-  if (config.layers > st->n / LAYER_TENSORS)
-    tbr_fail("%s: has no tensors for %zu layers", weights, config.layers);
   TbrModel *model = model_shape(&config);
-  st_read(st, model->tensor, model->n_tensors, &(Block){"", NULL}, 1);
-  model->param = mem_raw(model->n_params, sizeof *model->param);
-  st_read(st, model->tensor, model->n_tensors, &(Block){"", model->param}, 1);
-  st_close(st);
+  weights_read(model, path);
+  model_room(model, halves && model->half_type != F32);
+  weights_read(model, path);
   free(config_path);
-  free(weights);
+  return model;
+}
+
+TbrModel *tbr_model_load(const char *path) {
+  char *config = path_in(path, "adapter_config.json");
+  int is_adapter = file_exists(config);
+  free(config);
+  if (!is_adapter) return tbr_model_load_base(path, 0);
+  TbrModel *model = lora_read(path, 0);
+  lora_merge(model);
   return model;
 }
 
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training) {
-  char *weights = path_in(directory, "model.safetensors");
+  const TbrModel *saved = learner(model);
+  char *weights = path_in(directory, weights_file(model));
   Buf metadata = {0};
   make_directory(directory);
-  config_write(&model->config, directory, bos, eos);
+  if (model->adapter)
+    lora_write(&model->lora, directory);
+  else
+    config_write(&model->config, directory, bos, eos);
   buf_str(&metadata, "{\"format\": \"pt\"");
   json_field(&metadata, "training", training);
   buf_char(&metadata, '}');
-  st_write(weights, metadata.s, model->tensor, model->n_tensors,
-           &(Block){"", model->param}, 1);
+  st_write(weights, metadata.s, saved->tensor, saved->n_tensors,
+           &(Block){.prefix = "", .at = saved->param}, 1);
   buf_free(&metadata);
   free(weights);
 }
@@ -1953,10 +2228,12 @@ static void adamw(const Trainer *trainer, double rate, real shrink) {
   real size = (real)(rate / fix1), root_fix2 = (real)sqrt(fix2);
   const Block *state = trainer->state;
   real *w = state[0].at, *m = state[1].at, *v = state[2].at;
-  for (size_t i = 0; i < trainer->model->n_tensors; i++) {
-    const TbrTensor *tensor = &trainer->model->tensor[i];
+  const TbrModel *model = learner(trainer->model);
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
     size_t from = tensor->at, to = from + tensor->rows * tensor->columns;
-    real keep = tensor->rows > 1 ? (real)(1 - rate * options->decay) : 1;
+    int decays = tensor->rows > 1 || trainer->model->adapter;
+    real keep = decays ? (real)(1 - rate * options->decay) : 1;
 #pragma omp parallel for simd num_threads(threads()) if (to - from > 20000)
     for (size_t j = from; j < to; j++) {
       real g = trainer->grad[j] * shrink;
@@ -2001,7 +2278,7 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
   double scale = 1.0 / (double)targets, loss = 0;
   /* Gather sequences, and add up the gradient whenever memory is full. */
   TbrSequences part = {0};
-  memset(grad, 0, model->n_params * sizeof *grad);
+  memset(grad, 0, learner(model)->n_params * sizeof *grad);
   *tokens = 0;
   for (size_t i = 0; i < batch; i++) {
     size_t sequence = draw_sequence(trainer, drawn + i);
@@ -2023,7 +2300,8 @@ static double batch_gradient(Trainer *trainer, size_t *tokens) {
 static double train_step(Trainer *trainer, size_t *tokens) {
   const TbrTraining *options = trainer->options;
   double loss = batch_gradient(trainer, tokens);
-  double norm = gradient_norm(trainer->grad, trainer->model->n_params);
+  size_t n_params = learner(trainer->model)->n_params;
+  double norm = gradient_norm(trainer->grad, n_params);
   double rate = options->lr * schedule(options, trainer->step);
   if (!(loss < 1e30 && norm < 1e30)) /* NaN is not, either */
     tbr_fail("training diverged at step %zu (loss %g, gradient %g); "
@@ -2057,8 +2335,15 @@ static void trainer_mark(Trainer *trainer) {
              options->cosine, options->lr, options->last, options->beta1,
              options->beta2, options->eps, options->decay, options->clip,
              (unsigned long long)options->seed);
+  const TbrModel *model = trainer->model, *adapter = learner(model);
   uint64_t hash =
-      tbr_digest(0, trainer->model->param, trainer->model->n_params);
+      tbr_digest(0, model->param, model->n_params - model->n_halves);
+  for (size_t i = 0; i < model->n_halves; i++)
+    hash = (hash * prime) ^ model->half[i];
+  if (model->adapter) {
+    hash = tbr_digest(hash, adapter->param, adapter->n_params);
+    buf_printf(&text, " %.17g", model->lora.alpha);
+  }
   hash = hash_bytes(hash, text.s, text.n);
   buf_free(&text);
   /* By numbers, not bytes, so that no byte order matters. */
@@ -2074,7 +2359,7 @@ static void trainer_mark(Trainer *trainer) {
 
 /* Writes a checkpoint. */
 static void trainer_save(const Trainer *trainer) {
-  const TbrModel *model = trainer->model;
+  const TbrModel *model = learner(trainer->model);
   char *path = path_in(trainer->directory, state_file);
   Buf metadata = {0};
   buf_printf(&metadata, "{\"training\": \"%s\", \"step\": \"%zu\"",
@@ -2090,7 +2375,7 @@ static void trainer_save(const Trainer *trainer) {
 /* Takes the first n_blocks of the state from a file of the directory, if it
  * is of this very training; returns whether it is. */
 static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
-  const TbrModel *model = trainer->model;
+  const TbrModel *model = learner(trainer->model);
   char *path = path_in(trainer->directory, file);
   int is_own = file_exists(path);
   if (is_own) {
@@ -2117,14 +2402,17 @@ static int trainer_load(Trainer *trainer, const char *file, size_t n_blocks) {
 size_t tbr_training_bytes(const TbrModel *model, size_t rows) {
   const TbrConfig *config = &model->config;
   size_t scratch = attention_scratch(smaller(rows, config->context));
-  size_t numbers = times(4, model->n_params) + (size_t)threads() * scratch +
+  size_t numbers = times(4, learner(model)->n_params) +
+                   (size_t)threads() * scratch +
                    LOSS_ROWS * (4 * config->dim + config->vocab);
   TbrActs acts;
   Extent part[ACTS];
   acts_parts(&acts, config, rows, 1, part);
   for (size_t i = 0; i < ACTS; i++)
     numbers += part[i].n;
-  return times(numbers, sizeof(real));
+  size_t frozen = times(sizeof(real), model->n_params) - 2 * model->n_halves;
+  if (!model->adapter) frozen = 0;
+  return times(numbers, sizeof(real)) + frozen;
 }
 
 /* A training before its first step, to be freed with trainer_free; fails if
@@ -2139,7 +2427,7 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
     tbr_fail("steps and batch must be at least 1");
   if (!(options->lr > 0) || !betas_fit)
     tbr_fail("learning rate must be above 0, and betas within 0 and 1");
-  size_t n = model->n_params, longest = 0;
+  size_t n = learner(model)->n_params, longest = 0;
   for (size_t i = 0; i < data->n; i++) {
     longest = larger(longest, data->first[i + 1] - data->first[i]);
     if (count_targets(data, i) == 0)
@@ -2151,9 +2439,11 @@ static Trainer trainer_start(TbrModel *model, const TbrSequences *data,
       .model = model, .data = data, .options = options, .directory = directory};
   trainer.acts = tbr_acts_new(model, larger(rows, longest));
   trainer.grad = mem_raw(n, sizeof(real));
-  trainer.state[0] = (Block){"", model->param};
-  trainer.state[1] = (Block){"moment1.", mem_new(n, sizeof(real))};
-  trainer.state[2] = (Block){"moment2.", mem_new(n, sizeof(real))};
+  trainer.state[0] = (Block){.prefix = "", .at = learner(model)->param};
+  trainer.state[1] =
+      (Block){.prefix = "moment1.", .at = mem_new(n, sizeof(real))};
+  trainer.state[2] =
+      (Block){.prefix = "moment2.", .at = mem_new(n, sizeof(real))};
   trainer_mark(&trainer);
   buf_str(&trainer.log, "step,loss,learning_rate,gradient_norm,tokens\n");
   return trainer;
@@ -2217,7 +2507,7 @@ double tbr_train(TbrModel *model, const TbrTokenizer *tok,
   double loss = 0;
   if (!directory) {
     loss = trainer_run(&trainer, label);
-  } else if (trainer_load(&trainer, "model.safetensors", 1)) {
+  } else if (trainer_load(&trainer, weights_file(model), 1)) {
     fprintf(stderr, "tbr: %s: is trained already\n", directory);
   } else {
     make_directory(directory);
@@ -2251,23 +2541,22 @@ typedef struct {
   TbrActs *acts;
   real *weights; /* W^T of all matrices, packed */
   Layer *layer;  /* whose W^T are there */
-  Mat classify;  /* W^T of the classifier */
+  Linear classify;
   Cache cache;
   real *logits; /* of the last row of each span */
 } Decoder;
 
-/* Packs W^T, w (out,in), and moves *to behind it. */
-static Mat pack_weights(real **to, const real *w, size_t out, size_t in) {
-  real *at = *to;
-  *to += packed(out) * in;
-  return pack(at, transposed(w, in), in, out);
+/* Packs W^T and moves *to behind it. */
+static void pack_weights(real **to, Linear *l) {
+  l->wt = pack(*to, l->wt, l->in, l->out);
+  *to += packed(l->out) * l->in;
 }
 
 /* For `slots` sequences of at most `length` tokens, `rows` in one round. */
 static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
                             size_t rows) {
   const TbrConfig *config = &model->config;
-  size_t dim = config->dim, hidden = config->hidden, vocab = config->vocab;
+  size_t vocab = config->vocab;
   size_t heads = times(times(config->layers, slots), config->kv_heads);
   size_t columns = times(heads, packed(length));
   size_t most = 0; /* that the packed weights take: each rounded up alone */
@@ -2288,15 +2577,15 @@ static Decoder *decoder_new(const TbrModel *model, size_t slots, size_t length,
       .values = mem_new(times(columns, packed(config->head_dim)), sizeof(real)),
   };
   for (size_t l = 0; l < config->layers; l++) {
-    Layer layer = layer_at(config, model->param, l);
-    layer.qkv_t = pack_weights(&to, layer.qkv, qkv_width(config), dim);
-    layer.out_t = pack_weights(&to, layer.out, dim, q_width(config));
-    layer.gate_up_t = pack_weights(&to, layer.gate_up, 2 * hidden, dim);
-    layer.down_t = pack_weights(&to, layer.down, dim, hidden);
-    decoder->layer[l] = layer;
+    Layer *layer = &decoder->layer[l];
+    *layer = layer_at(model, NULL, l);
+    pack_weights(&to, &layer->qkv);
+    pack_weights(&to, &layer->out);
+    pack_weights(&to, &layer->gate_up);
+    pack_weights(&to, &layer->down);
   }
-  decoder->classify =
-      pack_weights(&to, classifier(config, model->param), vocab, dim);
+  decoder->classify = classifier(model, NULL);
+  pack_weights(&to, &decoder->classify);
   return decoder;
 }
 
@@ -2325,7 +2614,7 @@ static void decoder_step(Decoder *decoder, const int32_t *id,
     size_t row = batch->spans[i].row + batch->spans[i].n - 1;
     memcpy(last + i * dim, stream + row * dim, dim * sizeof *last);
   }
-  final_logits(model, acts, decoder->logits, last, decoder->classify,
+  final_logits(model, acts, decoder->logits, last, &decoder->classify,
                batch->n_spans);
 }
 
@@ -3120,10 +3409,11 @@ static size_t *config_at(const TbrConfig *config, size_t i) {
 static void config_check(const TbrConfig *config, const char *where) {
   const size_t limit = (size_t)1 << 20; /* and rope's angles exact enough */
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
-    size_t size = *config_at(config, i);
-    if (size == 0 || size > limit)
+    const size_t *size = config_at(config, i);
+    size_t most = size == &config->layers ? 4096 : limit;
+    if (*size == 0 || *size > most)
       tbr_fail("%s: the %s is %zu; it must be between 1 and %zu", where,
-               config_size[i].name, size, limit);
+               config_size[i].name, *size, most);
   }
   if (config->heads % config->kv_heads)
     tbr_fail("%s: %zu heads cannot share %zu key-value heads; the first must "
@@ -3143,19 +3433,58 @@ static void config_print(Buf *text, const TbrConfig *config) {
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(text, "%zu ", *config_at(config, i));
   buf_printf(text, "%.17g %.17g ", config->rope_theta, config->norm_eps);
+  for (size_t i = 0; config->rope_scale[0] > 0 && i < 4; i++)
+    buf_printf(text, "%.17g ", config->rope_scale[i]);
+}
+
+/* The families of models, numbered by whether q, k and v have biases. */
+static const char *const family[][2] = {{"llama", "Llama"}, {"qwen2", "Qwen2"}};
+
+/* Kinds of rotary embedding, and how many of the keys each has. */
+static const char *const rope_type[] = {"default", "linear", "llama3"};
+static const size_t rope_keys[] = {0, 1, 4};
+static const char *const rope_key[] = {"factor", "low_freq_factor",
+                                       "high_freq_factor",
+                                       "original_max_position_embeddings"};
+
+/* What says how positions are turned stands in one of two places. */
+static void rope_read(TbrConfig *config, const Json *json) {
+  const Json *rope = json_get(json, "rope_scaling"); /* the older one */
+  if (!rope || rope->kind != JSON_OBJECT)
+    rope = json_get(json, "rope_parameters");
+  double theta = json_number(json, "rope_theta", 10000);
+  config->rope_theta = json_number(rope, "rope_theta", theta);
+  const char *type = json_string(rope, "type", "default");
+  type = json_string(rope, "rope_type", type);
+  int kind = word_number("default linear llama3", type);
+  if (kind < 0)
+    tbr_fail("%s:%zu: this \"%s\" is of type \"%s\", which is not supported; "
+             "default, linear and llama3 are",
+             rope->path, rope->line, rope->key, type);
+  config->rope_scale[2] = 1; /* with linear scaling, all turns are slow */
+  for (size_t i = 0; i < rope_keys[kind]; i++) {
+    double above = i == 2 ? config->rope_scale[1] : 0;
+    config->rope_scale[i] = json_number(rope, rope_key[i], 0);
+    if (!(config->rope_scale[i] > above))
+      tbr_fail("%s:%zu: \"%s\" should be there and above %g", rope->path,
+               rope->line, rope_key[i], above);
+  }
 }
 
 static TbrConfig config_read(const char *path) {
   Json *json = json_read(path);
-  const Json *rope = json_get(json, "rope_parameters");
   TbrConfig config = {.tied = json_true(json, "tie_word_embeddings")};
+  const char *type = json_string(json, "model_type", "");
+  config.biased = word_number("llama qwen2", type);
+  if (config.biased < 0)
+    tbr_fail("%s: this \"model_type\" is not supported; models of \"llama\" "
+             "are, and of \"qwen2\", but not of \"%s\"",
+             path, type);
   json_must(json,
-            "{'model_type':'llama','hidden_act':'silu','attention_bias':"
-            "false,'mlp_bias':false,'rope_scaling':null}",
-            "models of \"llama\" are, with \"silu\", without biases, and "
-            "without scaled rotary embedding");
-  if (strcmp(json_string(rope, "rope_type", "default"), "default"))
-    tbr_fail("%s: scaled rotary embedding is not supported", path);
+            "{'hidden_act':'silu','attention_bias':false,'mlp_bias':false,"
+            "'use_sliding_window':false}",
+            "models of \"llama\" are, with \"silu\", without biases or window");
+  rope_read(&config, json);
   for (size_t i = 0; i < CONFIG_SIZES; i++) {
     const char *key = config_size[i].key;
     double number = json_number(json, key, config_size[i].otherwise);
@@ -3166,8 +3495,6 @@ static TbrConfig config_read(const char *path) {
   if (!config.head_dim && config.heads)
     config.head_dim = config.dim / config.heads;
   config.norm_eps = json_number(json, "rms_norm_eps", 1e-6);
-  double theta = json_number(json, "rope_theta", 10000); /* its older place */
-  config.rope_theta = json_number(rope, "rope_theta", theta);
   json_free(json);
   config_check(&config, path);
   return config;
@@ -3176,27 +3503,69 @@ static TbrConfig config_read(const char *path) {
 static void config_write(const TbrConfig *config, const char *directory,
                          int32_t bos, int32_t eos) {
   const char *tied = config->tied ? "true" : "false";
+  const double *scale = config->rope_scale;
   double theta = config->rope_theta;
-  Buf json = {0};
-  buf_str(&json, "{\n  \"architectures\": [\"LlamaForCausalLM\"],\n"
-                 "  \"model_type\": \"llama\",\n");
+  int kind = (scale[0] > 0) + (scale[3] > 0);
+  const char *const *names = family[config->biased != 0];
+  Buf json = {0}, rope = {0};
+  buf_printf(&json, "{\n  \"architectures\": [\"%sForCausalLM\"],\n", names[1]);
+  buf_printf(&json, "  \"model_type\": \"%s\",\n", names[0]);
   for (size_t i = 0; i < CONFIG_SIZES; i++)
     buf_printf(&json, "  \"%s\": %zu,\n", config_size[i].key,
                *config_at(config, i));
+  buf_printf(&rope, "{\"rope_type\": \"%s\"", rope_type[kind]);
+  for (size_t i = 0; i < rope_keys[kind]; i++)
+    buf_printf(&rope, ", \"%s\": %.17g", rope_key[i], scale[i]);
+  buf_printf(&rope, ", \"rope_theta\": %.17g}", theta);
+  if (kind > 0) buf_printf(&json, "  \"rope_scaling\": %s,\n", rope.s);
   buf_printf(&json,
              "  \"rms_norm_eps\": %.9g,\n  \"rope_theta\": %.17g,\n"
-             "  \"rope_parameters\": {\"rope_type\": \"default\", "
-             "\"rope_theta\": %.17g},\n  \"tie_word_embeddings\": %s,\n"
+             "  \"rope_parameters\": %s,\n  \"tie_word_embeddings\": %s,\n"
              "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n"
              "  \"mlp_bias\": false,\n  \"dtype\": \"float32\",\n"
              "  \"bos_token_id\": %ld,\n  \"eos_token_id\": %ld\n}\n",
-             config->norm_eps, theta, theta, tied, (long)bos, (long)eos);
+             config->norm_eps, theta, rope.s, tied, (long)bos, (long)eos);
+  buf_free(&rope);
   write_in(directory, "config.json", json.s, json.n);
   buf_clear(&json);
   buf_printf(&json, "{\"bos_token_id\": %ld, \"eos_token_id\": %ld}\n",
              (long)bos, (long)eos);
   write_in(directory, "generation_config.json", json.s, json.n);
   buf_free(&json);
+}
+
+/* In shards, an index says which tensor is in which file. */
+static void weights_read(TbrModel *model, const char *directory) {
+  char *path = path_in(directory, "model.safetensors");
+  char *index_path = format_string("%s.index.json", path);
+  int in_shards = file_exists(index_path) && !file_exists(path);
+  Json *index = in_shards ? json_read(index_path) : NULL;
+  SafeTensors *st = NULL;
+  const Block block = {"", model->param, model->half};
+  for (size_t i = 0; i < model->n_tensors; i++) {
+    const TbrTensor *tensor = &model->tensor[i];
+    if (in_shards) {
+      const Json *map = json_get(index, "weight_map");
+      const char *name = json_string(map, tensor->name, "");
+      if (!ends_with(name, ".safetensors") || strpbrk(name, "/\\:"))
+        tbr_fail("%s: should have a \"weight_map\" with the .safetensors file "
+                 "of this directory in which \"%s\" is",
+                 index_path, tensor->name);
+      free(path);
+      path = path_in(directory, name);
+    }
+    if (!st || strcmp(st->path, path)) {
+      st_close(st);
+      st = st_open(path);
+    }
+    int type = (int)st_read(st, tensor, 1, &block, 1);
+    if (i == 0) model->half_type = type;
+    if (tensor->rows > 1 && type != model->half_type) model->half_type = F32;
+  }
+  st_close(st);
+  json_free(index);
+  free(path);
+  free(index_path);
 }
 
 /* ---- llama2.c's files: seven sizes, then float32 tensors --------------- */
@@ -4473,20 +4842,24 @@ static int st_order(const void *a, const void *b) {
 
 static SafeTensors *st_open(const char *path) {
   SafeTensors *st = mem_new(1, sizeof *st);
+  char start[8] = {0};
   size_t size, at = 0;
-  st->file = read_file(path, &size);
-  uint64_t length = UINT64_MAX; /* of the header */
-  if (size >= 8) length = little_endian(st->file, 8);
-  if (length > 100000000 || length > size - 8)
+  FILE *file = part_open(path, &size);
+  part_read(file, path, 0, start, smaller(size, 8));
+  uint64_t length = little_endian(start, 8); /* of the header */
+  int fits = size >= 8 && length <= 100000000 && length <= size - 8;
+  size_t n = fits ? (size_t)length : 0;
+  char *text = mem_new(n + 1, 1);
+  part_read(file, path, 8, text, n);
+  fclose(file); /* nobody could, once something fails */
+  if (!fits)
     tbr_fail("%s: its header should be at most 1e8 bytes long and end within "
              "the file's %zu (is this safetensors?)",
              path, size);
-  size_t n = (size_t)length, data_size = size - 8 - n;
-  st->data = st->file + 8 + n;
-  /* The header moves to the front, so that a 0 can stand at its end. */
-  memmove(st->file, st->file + 8, n);
-  st->file[n] = 0;
-  st->header = json_parse(st->file, n, path, 1);
+  st->path = copy_string(path);
+  st->data = 8 + n;
+  st->header = json_parse(text, n, st->path, 1);
+  free(text);
   if (st->header->kind != JSON_OBJECT)
     tbr_fail("%s: its header should be a JSON object", path);
   /* The tensors, in their order in the file, should fill it. */
@@ -4500,16 +4873,20 @@ static SafeTensors *st_open(const char *path) {
                path, entry[i].name, entry[i].at[0], at);
     at = entry[i].at[1];
   }
-  if (at != data_size)
+  if (at != size - st->data)
     tbr_fail("%s: the tensors need %zu bytes, %zu are there%s", path, at,
-             data_size, data_size < at ? " (is the file truncated?)" : "");
+             size - st->data,
+             size - st->data < at ? " (is the file truncated?)" : "");
   free(entry);
+  st->file = part_open(path, &size);
   return st;
 }
 
 static void st_close(SafeTensors *st) {
+  if (!st) return;
+  fclose(st->file);
   json_free(st->header);
-  free(st->file);
+  free(st->path);
   free(st);
 }
 
@@ -4533,23 +4910,44 @@ static const char *read_numbers(real *to, const char *at, StType as, size_t n) {
   return at;
 }
 
-static void st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
-                    const Block *block, size_t n_blocks) {
+/* Finds a tensor, its name behind a prefix; fails if its shape is another. */
+static StEntry st_find(const SafeTensors *st, const char *prefix,
+                       const TbrTensor *want) {
+  char *name = format_string("%s%s", prefix, want->name);
+  const Json *member = json_get(st->header, name);
+  StEntry entry = {0};
+  if (member) entry = st_entry(member);
+  if (entry.rows != want->rows || entry.columns != want->columns)
+    tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers", st->path,
+             name, want->rows, want->columns);
+  free(name);
+  return entry;
+}
+
+static StType st_read(const SafeTensors *st, const TbrTensor *tensor, size_t n,
+                      const Block *block, size_t n_blocks) {
+  char piece[1 << 14];
+  StType type = F32;
   for (size_t i = 0; i < n * n_blocks; i++) {
-    const TbrTensor *want = &tensor[i % n];
     const Block *to = &block[i / n];
-    char *name = format_string("%s%s", to->prefix, want->name);
-    const Json *member = json_get(st->header, name);
-    StEntry entry = {0};
-    if (member) entry = st_entry(member);
-    if (entry.rows != want->rows || entry.columns != want->columns)
-      tbr_fail("%s: should have a tensor \"%s\" of %zu x %zu numbers",
-               st->header->path, name, want->rows, want->columns);
-    const char *from = st->data + entry.at[0];
-    size_t count = entry.rows * entry.columns;
-    if (to->at) read_numbers(to->at + want->at, from, entry.type, count);
-    free(name);
+    const TbrTensor *want = &tensor[i % n];
+    StEntry entry = st_find(st, to->prefix, want);
+    size_t number = want->at;
+    type = entry.type;
+    for (size_t at = entry.at[0]; to->at && at < entry.at[1];) {
+      size_t part = smaller(entry.at[1] - at, sizeof piece);
+      size_t count = part / st_size[type];
+      part_read(st->file, st->path, st->data + at, piece, part);
+      if (to->half && want->rows > 1)
+        for (size_t j = 0; j < count; j++)
+          to->half[number + j] = (uint16_t)little_endian(piece + 2 * j, 2);
+      else
+        read_numbers(to->at + number, piece, type, count);
+      number += count;
+      at += part;
+    }
   }
+  return type;
 }
 
 /* The inverse of little_endian. */
@@ -4569,7 +4967,8 @@ static void st_write(const char *path, const char *metadata,
     const TbrTensor *one = &tensor[i % n];
     buf_printf(&header, ", \"%s%s\": {\"dtype\": \"F32\", \"shape\": [",
                block[i / n].prefix, one->name);
-    if (one->rows != 1) buf_printf(&header, "%zu, ", one->rows);
+    if (one->rows != 1 || strstr(one->name, "lora_"))
+      buf_printf(&header, "%zu, ", one->rows);
     buf_printf(&header, "%zu], \"data_offsets\": [%zu, ", one->columns, at);
     at += 4 * one->rows * one->columns;
     buf_printf(&header, "%zu]}", at);
@@ -4647,25 +5046,45 @@ static void transpose_square(real *to, const real *from, size_t stride) {
   interleave(to, odd);
 }
 
-static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
-  for (size_t column = 0; column < columns; column += NR) {
-    real *panel = to + column * rows;
-    Mat from = part_from(b, 0, column);
-    size_t width = smaller(NR, columns - column), i = 0;
-    if (width < NR)
-      memset(panel, 0, rows * NR * sizeof *to);
-    else if (b.row_stride == 1)
-      for (; i + NR <= rows; i += NR)
-        transpose_square(panel + i * NR, from.at + i, b.column_stride);
-    for (; i < rows; i++) {
-      const real *row = from.at + i * b.row_stride;
-      if (width == NR && b.column_stride == 1)
-        memcpy(panel + i * NR, row, NR * sizeof *to);
-      else
-        for (size_t j = 0; j < width; j++)
-          panel[i * NR + j] = row[j * b.column_stride];
-    }
+static void mat_line(real *to, Mat m, size_t i, size_t n) {
+  size_t from = i * (m.row_stride == 1 ? m.column_stride : m.row_stride);
+  if (!m.half) memcpy(to, m.at + from, n * sizeof *to);
+  for (size_t j = 0; m.half && j < n; j++) {
+    uint32_t bits = m.half[from + j];
+    to[j] = m.type == F16 ? half_float(bits) : bits_float(bits << 16);
   }
+}
+
+/* Packs b (rows,columns), both at most NR, as part of a panel. */
+static void pack_square(real *to, Mat b, size_t rows, size_t columns) {
+  real wide[NR * NR];
+  int across = b.row_stride == 1; /* numbers of columns lie side by side */
+  if (b.half) {
+    size_t lines = across ? columns : rows, length = across ? rows : columns;
+    for (size_t i = 0; i < lines; i++)
+      mat_line(wide + i * NR, b, i, length);
+    b = across ? transposed(wide, NR) : mat(wide, NR);
+  }
+  if (columns < NR) memset(to, 0, rows * NR * sizeof *to);
+  if (across && rows == NR && columns == NR) {
+    transpose_square(to, b.at, b.column_stride);
+    return;
+  }
+  for (size_t i = 0; i < rows; i++) {
+    const real *row = b.at + i * b.row_stride;
+    if (columns == NR && b.column_stride == 1)
+      memcpy(to + i * NR, row, NR * sizeof *to);
+    else
+      for (size_t j = 0; j < columns; j++)
+        to[i * NR + j] = row[j * b.column_stride];
+  }
+}
+
+static Mat pack(real *to, Mat b, size_t rows, size_t columns) {
+  for (size_t j = 0; j < columns; j += NR)
+    for (size_t i = 0; i < rows; i += NR)
+      pack_square(to + j * rows + i * NR, part_from(b, i, j),
+                  smaller(NR, rows - i), smaller(NR, columns - j));
   return packed_mat(to, rows * NR);
 }
 
@@ -5193,6 +5612,21 @@ static char *read_file(const char *path, size_t *n) {
   return text.s;
 }
 
+static FILE *part_open(const char *path, size_t *size) {
+  FILE *file = fopen(path, "rb");
+  if (!file || fseeko(file, 0, SEEK_END))
+    tbr_fail("%s: cannot be opened: %s", path, strerror(errno));
+  *size = (size_t)ftello(file);
+  return file;
+}
+
+static void part_read(FILE *f, const char *path, size_t at, void *to,
+                      size_t n) {
+  if (!fseeko(f, (int64_t)at, SEEK_SET) && fread(to, 1, n, f) == n) return;
+  const char *why = ferror(f) ? strerror(errno) : "it has become shorter";
+  tbr_fail("%s: cannot be read at byte %zu: %s", path, at, why);
+}
+
 static void make_directory(const char *path) {
   char *above = copy_string(path);
   for (size_t i = 1; path[0] && path[i]; i++) {
@@ -5313,6 +5747,7 @@ typedef struct {
   size_t general_rows, safety_rows, seed, limit, tokens, show, threads;
   size_t overwrite;
   size_t window, rows, save_every;
+  TbrLora lora;
   TbrConfig shape;             /* what options say of it, */
   TbrTraining pretrain, train; /* and of these */
 } Options;
@@ -5376,6 +5811,11 @@ static const Option option[] = {
     {"train.warmup", COUNT, AT(train.warmup), "250", "t", "warm-up steps"},
     {"train.lr", NUMBER, AT(train.lr), "0.0005", "t", "peak of the rate"},
     {"train.decay", NUMBER, AT(train.decay), "0", "t", "weight decay"},
+    {"lora", COUNT, AT(lora.rank), "0", "ti", "rank of adapters; 0: no LoRA"},
+    {"lora-alpha", NUMBER, AT(lora.alpha), "16", "ti", "its factor, by rank"},
+    {"lora-targets", STRING, AT(lora.targets),
+     "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "ti",
+     "matrices that get adapters"},
     {"too-long", WORD, AT(too_long), "drop", "t", "rows too long: drop cut"},
     {"rows", COUNT, AT(rows), "4096", "pti", "tokens computed at a time"},
     {"save-every", COUNT, AT(save_every), "500", "pt", "steps per checkpoint"},
@@ -5503,13 +5943,16 @@ static void pair_free(Pair *pair) {
   tbr_tokenizer_free(pair->tok);
 }
 
-/* Loads a model and its tokenizer, which is beside it unless named. */
-static Pair pair_load(const char *model, const char *tokenizer) {
+/* Loads a model, for LoRA in 16 bits, and its tokenizer, which is beside it
+ * unless named. */
+static Pair pair_load(const char *model, const char *tokenizer, int lora) {
   if (!*model) tbr_fail("which model? --model or --base names one");
   if (!*tokenizer && ends_with(model, ".bin"))
     tbr_fail("%s: a llama2.c file needs its tokenizer: --tokenizer FILE.bin",
              model);
-  Pair pair = {.model = tbr_model_load(model)};
+  Pair pair = {.model = lora ? tbr_model_load_base(model, 1)
+                             : tbr_model_load(model)};
+  if (!*tokenizer && pair.model->lora.base) tokenizer = pair.model->lora.base;
   if (!*tokenizer) tokenizer = model;
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
   return pair;
@@ -5617,11 +6060,18 @@ static void verb_train(const Options *options) {
   if (!*options->data)
     tbr_fail("no examples to train on: --data names a file; `tbr data` makes "
              "one of general and safety rows");
-  Pair pair = pair_load(options->base, options->tokenizer);
+  TbrLora lora = options->lora;
+  Pair pair = pair_load(options->base, options->tokenizer, lora.rank > 0);
   tbr_tokenizer_add_marks(pair.tok);
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
-  if (vocab > pair.model->config.vocab)
-    pair.model = model_widen(pair.model, vocab, options->seed);
+  int widens = vocab > pair.model->config.vocab;
+  if (lora.rank > 0 && widens)
+    tbr_fail("%s: lacks tokens of a dialogue, which only a full training adds",
+             options->base);
+  if (widens) pair.model = model_widen(pair.model, vocab, options->seed);
+  lora.base = options->base;
+  lora.seed = options->seed;
+  if (lora.rank > 0) tbr_lora_add(pair.model, &lora);
   Buf report = {0};
   TbrSequences s = dataset_rows(options, &pair, &report);
   TbrTraining how = training_of(options, options->train);
@@ -5646,7 +6096,7 @@ static TbrSampling sampling_of(const Options *options) {
 /* Prints what a model says to a prompt: as an answer where it knows the marks
  * of a dialogue, else as a text that goes on. */
 static void verb_generate(const Options *options) {
-  Pair pair = pair_load(options->model, options->tokenizer);
+  Pair pair = pair_load(options->model, options->tokenizer, 0);
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
   int answers = tokenizer_template(pair.tok) ||
@@ -5689,7 +6139,7 @@ static char *text_of_file(const char *path) {
 /* Gives a model's own reflections to rows that have none. */
 static void reflect_by_model(const Options *options, TbrExamples *rows,
                              const char *request) {
-  Pair pair = pair_load(options->model, options->tokenizer);
+  Pair pair = pair_load(options->model, options->tokenizer, 0);
   TbrSampling how = sampling_of(options);
   TbrExamples bare = {0};
   const char **lead = mem_new(rows->n, sizeof *lead);
@@ -5771,7 +6221,7 @@ static void print_results(TbrResults *results) {
 
 static void verb_eval(const Options *options) {
   if (!*options->prompts) tbr_fail("--prompts names the file of prompts");
-  Pair pair = pair_load(options->model, options->tokenizer);
+  Pair pair = pair_load(options->model, options->tokenizer, 0);
   TbrExamples prompts = tbr_examples_read(options->prompts);
   TbrResults results = {0};
   Buf tag = {0};
@@ -5896,17 +6346,51 @@ static void verb_selftest(const Options *options) {
              expected);
 }
 
+/* Seconds that forward and backward take of n tokens, by those of one layer and
+ * of two, each in a second run. */
+static double training_seconds(const TbrModel *model, size_t n) {
+  TbrModel part = *model;
+  TbrSequences s = {0};
+  int32_t *id = mem_new(n, sizeof *id);
+  real *grad = mem_new(learner(model)->n_params, sizeof *grad);
+  double seconds[4];
+  tbr_sequences_add(&s, id, id, n);
+  for (size_t run = 0; run < 4; run++) {
+    part.config.layers = smaller(model->config.layers, 1 + run / 2);
+    TbrActs *acts = tbr_acts_new(&part, n);
+    double began = now();
+    tbr_loss(&part, acts, &s, grad, 1);
+    seconds[run] = now() - began;
+    tbr_acts_free(acts);
+  }
+  tbr_sequences_free(&s);
+  free(grad);
+  free(id);
+  double each = seconds[3] - seconds[1];
+  return seconds[1] + each * (double)(model->config.layers - 1);
+}
+
 static void verb_info(const Options *options) {
-  TbrModel *model = tbr_model_load(options->argument);
+  TbrLora lora = options->lora;
+  TbrModel *model = lora.rank > 0 ? tbr_model_load_base(options->argument, 1)
+                                  : tbr_model_load(options->argument);
   const TbrConfig *c = &model->config;
-  uint64_t digest = tbr_digest(0, model->param, model->n_params);
-  size_t bytes = tbr_training_bytes(model, options->rows);
   printf("parameters %zu\nvocabulary %zu\nwidth %zu\nlayers %zu\nheads %zu "
          "(%zu key-value) of %zu\nhidden %zu\ncontext %zu\nclassifier %s\n",
          model->n_params, c->vocab, c->dim, c->layers, c->heads, c->kv_heads,
          c->head_dim, c->hidden, c->context, c->tied ? "tied" : "own");
-  printf("digest %016llx\ntraining takes %.0f MB at %zu rows\n",
-         (unsigned long long)digest, (double)bytes * 1e-6, options->rows);
+  if (!model->half)
+    printf("digest %016llx\n",
+           (unsigned long long)tbr_digest(0, model->param, model->n_params));
+  lora.base = options->argument;
+  if (lora.rank > 0) tbr_lora_add(model, &lora);
+  size_t tokens = smaller(256, c->context);
+  double minutes = training_seconds(model, tokens) * 1000 / 60;
+  printf("%s takes %.0f MB at %zu rows, and %.1f minutes for 1,000 examples of "
+         "%zu tokens\n",
+         lora.rank > 0 ? "LoRA" : "training",
+         (double)tbr_training_bytes(model, options->rows) * 1e-6, options->rows,
+         minutes, tokens);
   for (size_t i = 0; i < model->n_tensors; i++) {
     const TbrTensor *t = &model->tensor[i];
     printf("%-48s %zu x %zu\n", t->name, t->rows, t->columns);
@@ -5915,7 +6399,7 @@ static void verb_info(const Options *options) {
 }
 
 static void verb_import(const Options *options) {
-  Pair pair = pair_load(options->base, options->tokenizer);
+  Pair pair = pair_load(options->base, options->tokenizer, 0);
   pair_save(pair.model, pair.tok, options->out, NULL);
   pair_free(&pair);
 }

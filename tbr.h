@@ -159,7 +159,11 @@ void tbr_show_sequence(const TbrTokenizer *tok, const TbrSequences *s,
 typedef struct {
   size_t vocab, dim, layers, heads, kv_heads, head_dim, hidden, context;
   double rope_theta, norm_eps;
-  int tied; /* 1: the classifier is the embedding */
+  int tied;   /* 1: the classifier is the embedding */
+  int biased; /* 1: queries, keys and values have biases, as in Qwen 2 */
+  /* Where rotary embedding is scaled: the factor; and for Llama 3's way, low
+   * and high frequency factor and original context. All 0: it isn't. */
+  double rope_scale[4];
 } TbrConfig;
 
 /* One tensor: its Hugging Face name, its shape (rows 1: a vector of columns)
@@ -167,14 +171,31 @@ typedef struct {
 typedef struct {
   char name[80];
   size_t rows, columns, at;
+  size_t lora; /* 0, or the number of its adapter's A, counted from 1; B: next */
 } TbrTensor;
 
-/* A Llama (Touvron et al., 2023) with its n_params parameters in one block. */
+/* Low-rank adapters (LoRA: Hu et al., 2021), which add alpha / rank times x A^T
+ * B^T to the outputs of matrices. */
 typedef struct {
+  size_t rank;
+  double alpha;
+  const char *targets; /* which: "q_proj,v_proj", of q k v o gate up down */
+  const char *base;    /* the directory of the model that they belong to */
+  uint64_t seed;       /* of A; B begins as zeros */
+} TbrLora;
+
+/* A Llama (Touvron et al., 2023), or one of its kin, with its n_params
+ * parameters in one block. */
+typedef struct TbrModel {
   TbrConfig config;
   size_t n_tensors, n_params;
   TbrTensor *tensor;
   tbr_real *param;
+  size_t n_halves;
+  uint16_t *half; /* NULL, or its matrices in 16 bits; param: the vectors alone */
+  int half_type;
+  struct TbrModel *adapter; /* NULL, or A and B, which alone are trained */
+  TbrLora lora;
 } TbrModel;
 
 /* A model with all parameters zero; fails if the configuration is bad. init
@@ -184,12 +205,25 @@ TbrModel *tbr_model_new(const TbrConfig *config);
 void tbr_model_init(TbrModel *model, uint64_t seed);
 void tbr_model_free(TbrModel *model);
 
-/* Reads a Hugging Face directory (config.json, model.safetensors), or
- * llama2.c's .bin; writes a directory, with the ids of <|bos|> and <|eos|>, and
- * with the mark of the training that made the model (NULL: none). */
+/* Reads a Hugging Face directory (config.json, model.safetensors or shards) of
+ * a Llama or Qwen 2, or llama2.c's .bin; writes a directory, with the ids of
+ * <|bos|> and <|eos|>, and with the mark of the training that made the model
+ * (NULL: none). */
 TbrModel *tbr_model_load(const char *path);
 void tbr_model_save(const TbrModel *model, const char *directory, int32_t bos,
                     int32_t eos, const char *training);
+
+/* The same of a model that adapters are to be added to. With `halves`, matrices
+ * that have 16 bits in the file keep them in memory; then only adapters can be
+ * trained, and only they be saved, with the same bits as if it had been read in
+ * single precision. */
+TbrModel *tbr_model_load_base(const char *path, int halves);
+
+/* Adds adapters, which alone are trained and saved from then on: tbr_loss adds
+ * to their gradient (adapter->n_params), and tbr_model_save writes them as PEFT
+ * does. Directories of such adapters are read by tbr_model_load, which adds
+ * them to the matrices of their base. */
+void tbr_lora_add(TbrModel *model, const TbrLora *lora);
 
 /* Memory for batches of up to `rows` tokens of one model. */
 typedef struct TbrActs TbrActs;

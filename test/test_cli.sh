@@ -87,6 +87,17 @@ is "$(cat thoughts.txt)" "$(count '"reflection"' rows.jsonl)" 'rows that reflect
 is "$(sed -n 's/.*"rows": 60, "reflecting": \([0-9]*\), "cut": 0, "dropped": 0.*/\1/p' tuned/rows.jsonl)" \
   "$(cat thoughts.txt)" 'rows that reflect, trained'
 
+# ---- adapters
+status 0 '' "$TBR" train --base base --data rows.jsonl --steps 4 --lora 2 --lora-targets q_proj,up_proj --out lora
+status 0 '' "$TBR" import --base lora --out merged
+status 0 '' "$TBR" generate --model lora --prompt a --tokens 5
+cp stdout said.txt
+status 0 '' "$TBR" generate --model merged --prompt a --tokens 5
+is "$(cat stdout)" "$(cat said.txt)" 'an adapter and what it is merged to'
+status 0 '' "$TBR" info base --lora 2
+grep -q '^LoRA takes .* minutes for 1,000 examples' stdout && pass || fail 'info of LoRA'
+status 1 'not k_proj,w_proj' "$TBR" train --base base --data rows.jsonl --lora 2 --lora-targets k_proj,w_proj --out none
+
 # ---- bad input is named by its place
 status 1 'nowhere: is no model' "$TBR" info nowhere
 status 1 'nowhere.bin: cannot be opened' "$TBR" info nowhere.bin
@@ -137,7 +148,7 @@ lie() {
 lie 's/"hidden_size": 16/"hidden_size": 18/' '"model.embed_tokens.weight" of 300 x 18 numbers'
 lie 's/"hidden_size": 16/"hidden_size": "16"/' 'hidden_size'
 lie 's/"hidden_size": 16/"hidden_size": 1.5/' 'hidden_size'
-lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'has no tensors for 3 layers'
+lie 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' 'should have a tensor "model.layers.2.input_layernorm.weight" of 1 x 16 numbers'
 lie 's/"num_attention_heads": 4/"num_attention_heads": 0/' 'number of heads is 0'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": 3/' 'cannot share'
 lie 's/"num_key_value_heads": 2/"num_key_value_heads": null/' '"model.layers.0.self_attn.k_proj.weight" of 16 x 16 numbers' # as many as heads

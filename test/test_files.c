@@ -228,7 +228,7 @@ static void test_safetensors(void) {
   in_folder("t.safetensors");
   st_write(file_name, "{\"format\": \"pt\"}", out, 3, block, 2);
   SafeTensors *st = st_open(file_name);
-  CHECK(st->n == 6 && (st->data - st->file) % 8 == 0);
+  CHECK(st->n == 6 && st->data % 8 == 0);
   CHECK(!strcmp(json_string(json_get(st->header, "__metadata__"), "format",
                             ""), "pt"));
   CHECK(st_entry(json_get(st->header, "one")).type == F32);
@@ -605,6 +605,157 @@ static void test_golden(const char *where, const char *real_files) {
   free(path);
 }
 
+/* What a config.json with these members says. */
+static TbrConfig config_of(const char *members) {
+  Buf b = {0};
+  buf_str(&b, "{\"vocab_size\": 5, \"hidden_size\": 8, \"intermediate_size\": 6,"
+              "\"num_hidden_layers\": 1, \"num_attention_heads\": 2, "
+              "\"hidden_act\": \"silu\", ");
+  add_json(&b, members);
+  buf_char(&b, '}');
+  put("config.json", b.s, b.n);
+  buf_free(&b);
+  return config_read(file_name);
+}
+
+static void test_config(void) {
+  TbrConfig c = config_of("'model_type': 'llama', 'eos_token_id': [2, 3]");
+  CHECK(c.rope_theta == 10000 && !(c.rope_scale[0] > 0) && !c.biased);
+  CHECK(c.head_dim == 4 && c.kv_heads == 2 && c.context == 2048 && !c.tied);
+  c = config_of("'model_type':'qwen2','use_sliding_window':false,"
+                "'sliding_window':9,'rope_theta':1e6,'rope_scaling':null");
+  CHECK(c.biased && c.context == 2048 && c.rope_theta == 1e6);
+  c = config_of("'model_type':'llama','rope_theta':500,'rope_scaling':"
+                "{'type':'linear','factor':2.5}");
+  CHECK(c.rope_theta == 500 && c.rope_scale[0] == 2.5);
+  NEAR(rope_speed(&c, 1), 1 / sqrt(500) / 2.5, 1e-16);
+  /* Both places, as transformers 4 and 5 write them. */
+  static const char *const llama3[] = {
+      "'model_type':'llama','rope_theta':100,'rope_scaling':{'factor':8.0,"
+      "'high_freq_factor':4.0,'low_freq_factor':1.0,"
+      "'original_max_position_embeddings':20,'rope_type':'llama3'}",
+      "'model_type':'llama','rope_parameters':{'rope_theta':100,'factor':8.0,"
+      "'high_freq_factor':4.0,'low_freq_factor':1.0,"
+      "'original_max_position_embeddings':20,'rope_type':'llama3'}"};
+  for (size_t i = 0; i < 2; i++) {
+    c = config_of(llama3[i]);
+    double kept = (20 / 6.283185307179586 - 1) / 3; /* one turn in 6.28 */
+    NEAR(rope_speed(&c, 0), kept + (1 - kept) / 8, 1e-15);
+    NEAR(rope_speed(&c, 1), 0.1 / 8, 1e-16); /* less than a turn in 20 */
+    c.rope_scale[3] = 100; /* sixteen turns */
+    NEAR(rope_speed(&c, 0), 1, 0);
+    c.rope_scale[3] = 20;
+    config_write(&c, folder, 1, 2);
+    TbrConfig again = config_read(in_folder("config.json"));
+    CHECK(!memcmp(&again, &c, sizeof c));
+  }
+  static const char *const bad[][2] = {
+      {"'model_type':'mistral'", "\"model_type\" is not supported; models of "
+                                 "\"llama\" are, and of \"qwen2\", but not of "
+                                 "\"mistral\""},
+      {"'model_type':7", "\"model_type\""},
+      {"'model_type':'qwen2','use_sliding_window':true",
+       "\"use_sliding_window\" is not supported"},
+      {"'model_type':'llama','mlp_bias':true", "\"mlp_bias\" is not supported"},
+      {"'model_type':'llama','rope_scaling':{'type':'yarn','factor':4}",
+       "config.json:1: this \"rope_scaling\" is of type \"yarn\", which is not "
+       "supported; default, linear and llama3 are"},
+      {"'model_type':'llama','rope_scaling':{'rope_type':'longrope'}",
+       "this \"rope_scaling\" is of type \"longrope\""},
+      {"'model_type':'llama','rope_parameters':{'rope_type':'dynamic'}",
+       "this \"rope_parameters\" is of type \"dynamic\""},
+      {"'model_type':'llama','rope_scaling':{'type':'linear'}",
+       "\"factor\" should be there and above 0"},
+      {"'model_type':'llama','rope_scaling':{'type':'llama3','factor':8,"
+       "'low_freq_factor':4,'high_freq_factor':4}",
+       "\"high_freq_factor\" should be there and above 4"},
+      {"'model_type':'llama','rope_scaling':{'type':'llama3','factor':8,"
+       "'low_freq_factor':1,'high_freq_factor':4}",
+       "\"original_max_position_embeddings\" should be there"},
+      {"'model_type':'llama','rope_parameters':{'rope_theta':1}",
+       "rope theta above 1"},
+      {"'model_type':'llama','num_hidden_layers':5000",
+       "number of layers is 5000; it must be between 1 and 4096"}};
+  for (volatile size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+    FAILS(config_of(bad[i][0]), bad[i][1]);
+}
+
+/* An index that has the first tensor of a model in one file and all others in
+ * another, but for one of them. */
+static void put_index(const TbrModel *m, const char *first, const char *others,
+                      const char *but, const char *there) {
+  Buf b = {0};
+  buf_str(&b, "{\"metadata\": {\"total_size\": 1}, \"weight_map\": {\"x\": 1");
+  for (size_t i = 0; i < m->n_tensors; i++) {
+    const char *name = m->tensor[i].name, *file = i ? others : first;
+    if (but && strstr(name, but)) file = there;
+    json_field(&b, name, file);
+  }
+  buf_str(&b, "}}");
+  put("model.safetensors.index.json", b.s, b.n);
+  buf_free(&b);
+}
+
+static void test_shards(void) {
+  static const char *const one = "model-1.safetensors",
+                           *const two = "model-2.safetensors";
+  TbrConfig c = {.vocab = 5, .dim = 8, .layers = 2, .heads = 2, .kv_heads = 1,
+                 .head_dim = 4, .hidden = 6, .context = 9, .rope_theta = 100,
+                 .norm_eps = 1e-5, .biased = 1};
+  TbrModel *m = tbr_model_new(&c);
+  Rng r = {2};
+  for (size_t i = 0; i < m->n_params; i++)
+    m->param[i] = (real)(float)rng_normal(&r);
+  remove(in_folder("model.safetensors"));
+  config_write(&c, folder, 1, 2);
+  st_write(in_folder(one), "{}", m->tensor, 1, &(Block){"", m->param}, 1);
+  /* What a model doesn't need is passed over. */
+  TbrTensor *others = mem_new(m->n_tensors, sizeof *others);
+  memcpy(others, m->tensor + 1, (m->n_tensors - 1) * sizeof *others);
+  others[m->n_tensors - 1] = (TbrTensor){"rotary_emb.inv_freq", 1, 2, 0};
+  st_write(in_folder(two), "{}", others, m->n_tensors, &(Block){"", m->param},
+           1);
+  put_index(m, one, two, NULL, NULL);
+  TbrModel *again = tbr_model_load(folder);
+  EQUAL(again->n_params, m->n_params);
+  BITS(again->param, m->param, m->n_params);
+  tbr_model_free(again);
+  static const char *const elsewhere[] = {
+      "../model-1.safetensors", "/model-1.safetensors", "..\\x.safetensors",
+      "c:x.safetensors", "passwd", "", ".."};
+  for (volatile size_t i = 0; i < sizeof elsewhere / sizeof *elsewhere; i++) {
+    put_index(m, elsewhere[i], two, NULL, NULL);
+    FAILS(tbr_model_load(folder),
+          "model.safetensors.index.json: should have a \"weight_map\" with "
+          "the .safetensors file of this directory in which "
+          "\"model.embed_tokens.weight\" is");
+  }
+  put_index(m, one, two, "norm.weight", NULL); /* not in the map */
+  FAILS(tbr_model_load(folder), "\"model.layers.0.input_layernorm.weight\" is");
+  put_index(m, one, two, "layers.1.self_attn.k_proj.bias", one);
+  FAILS(tbr_model_load(folder), "model-1.safetensors: should have a tensor "
+                                "\"model.layers.1.self_attn.k_proj.bias\" of 1 "
+                                "x 4 numbers");
+  put_index(m, one, "model-3.safetensors", NULL, NULL);
+  FAILS(tbr_model_load(folder), "model-3.safetensors: cannot be opened");
+  static const char *const maps[] = {"{}", "[]", "{\"weight_map\":[]}",
+                                     "{\"weight_map\":[1,2]}",
+                                     "{\"weight_map\":{}}"};
+  for (volatile size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
+    put("model.safetensors.index.json", maps[i], strlen(maps[i]));
+    FAILS(tbr_model_load(folder), "should have a \"weight_map\"");
+  }
+  remove(file_name);
+  FAILS(tbr_model_load(folder), "model.safetensors: cannot be opened");
+  c.layers = 3;
+  config_write(&c, folder, 1, 2);
+  st_write(in_folder("model.safetensors"), "{}", m->tensor, m->n_tensors,
+           &(Block){"", m->param}, 1);
+  FAILS(tbr_model_load(folder), "a tensor \"model.layers.2.input_layernorm");
+  tbr_model_free(m);
+  free(others);
+}
+
 int main(int argc, char **argv) {
   snprintf(folder, sizeof folder, "%s", check_folder(argc, argv));
   test_fail();
@@ -612,6 +763,8 @@ int main(int argc, char **argv) {
   test_json();
   test_csv();
   test_safetensors();
+  test_config();
+  test_shards();
   test_byte_level();
   test_pieces();
   test_golden(argc > 2 ? argv[2] : "golden", getenv("TBR_REAL"));

@@ -5,11 +5,13 @@
 
 enum { VOCAB = 17, LONGEST = 100 }; /* longer than one block of attention */
 
+/* With three heads, it has biases, and scaled rotary embedding. */
 static TbrModel *random_model(size_t heads, size_t kv_heads, int tied) {
   TbrConfig c = {.vocab = VOCAB, .dim = 8, .layers = 2, .heads = heads,
                  .kv_heads = kv_heads, .head_dim = 4, .hidden = 10,
                  .context = 120, .rope_theta = 50, .norm_eps = 1e-5,
-                 .tied = tied};
+                 .tied = tied, .biased = heads == 3,
+                 .rope_scale = {heads == 3 ? 4 : 0, 1, 3, 60}};
   TbrModel *m = tbr_model_new(&c);
   Rng r = rng_stream(heads, FOR_INIT, kv_heads);
   tbr_model_init(m, 5);
@@ -42,14 +44,15 @@ static TbrSequences random_batch(void) {
 static double tensor_error(TbrModel *m, TbrActs *a, const TbrSequences *b,
                            const TbrTensor *t, const real *grad) {
   const double h = 4e-6;
+  real *param = m->adapter ? m->adapter->param : m->param;
   double difference = 0, size = 0;
   for (size_t i = t->at; i < t->at + t->rows * t->columns; i++) {
-    real old = m->param[i];
-    m->param[i] = old + h;
+    real old = param[i];
+    param[i] = old + h;
     double up = tbr_loss(m, a, b, NULL, 0);
-    m->param[i] = old - h;
+    param[i] = old - h;
     double down = tbr_loss(m, a, b, NULL, 0);
-    m->param[i] = old;
+    param[i] = old;
     double slope = (up - down) / (2 * h);
     difference += (slope - grad[i]) * (slope - grad[i]);
     size += slope * slope;
@@ -81,6 +84,36 @@ static void test_gradient(size_t heads, size_t kv_heads, int tied) {
   }
   AT_MOST(worst / size, 1e-14);
   free(grad), free(half);
+  tbr_acts_free(a);
+  tbr_sequences_free(&b);
+  tbr_model_free(m);
+}
+
+/* The gradients of adapters; merged, they give the same loss. */
+static void test_adapters(size_t rank, const char *targets, size_t tensors) {
+  TbrModel *m = random_model(4, 2, 1);
+  TbrLora lora = {.rank = rank, .alpha = 5, .targets = targets, .base = "",
+                  .seed = 3};
+  TbrSequences b = random_batch();
+  double plain, loss;
+  TbrActs *a = tbr_acts_new(m, b.tokens);
+  plain = tbr_loss(m, a, &b, NULL, 0);
+  tbr_lora_add(m, &lora);
+  TbrModel *adapter = m->adapter;
+  EQUAL(adapter->n_tensors, tensors);
+  NEAR(tbr_loss(m, a, &b, NULL, 0), plain, 0); /* B is 0 */
+  Rng r = rng_stream(rank, FOR_INIT, 0);
+  for (size_t i = 0; i < adapter->n_params; i++)
+    adapter->param[i] += 0.3 * rng_normal(&r);
+  real *grad = mem_new(adapter->n_params, sizeof *grad);
+  loss = tbr_loss(m, a, &b, grad, 1);
+  CHECK(fabs(loss - plain) > 1e-3);
+  for (size_t i = 0; i < adapter->n_tensors; i++)
+    if (!AT_MOST(tensor_error(m, a, &b, &adapter->tensor[i], grad), 1e-6))
+      printf("  %s, rank %zu\n", adapter->tensor[i].name, rank);
+  lora_merge(m);
+  NEAR(tbr_loss(m, a, &b, NULL, 0), loss, 1e-11 * loss);
+  free(grad);
   tbr_acts_free(a);
   tbr_sequences_free(&b);
   tbr_model_free(m);
@@ -179,6 +212,9 @@ int main(void) {
   test_gradient(4, 2, 0);
   test_gradient(3, 1, 1);
   test_gradient(2, 2, 0);
+  test_adapters(3, "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                28);
+  test_adapters(1, "up_proj,k_proj", 8);
   test_mask();
   test_neighbours();
   test_bounds();

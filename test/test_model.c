@@ -4,17 +4,19 @@
 #include "check.h"
 
 static char *golden = "golden";
+static const char *golden_model = "model"; /* which of them */
 
-/* Numbers from the golden file; n gets how many. */
+/* Numbers from the golden file of a model; n gets how many. */
 static real *read_golden(const char *name, size_t *n) {
-  char *path = path_in(golden, "model.safetensors");
+  char *path = format_string("%s/%s.safetensors", golden, golden_model);
   SafeTensors *st = st_open(path);
   const Json *v = json_get(st->header, name);
   if (!v) tbr_fail("%s: no \"%s\"", path, name);
   StEntry e = st_entry(v);
   *n = e.rows * e.columns;
   real *x = mem_raw(*n, sizeof *x);
-  read_numbers(x, st->data + e.at[0], e.type, *n);
+  st_read(st, &(TbrTensor){.rows = e.rows, .columns = e.columns}, 1,
+          &(Block){name, x}, 1);
   st_close(st);
   free(path);
   return x;
@@ -133,6 +135,123 @@ static void test_ten_steps(TbrModel *m, const TbrSequences *s,
   free(state);
 }
 
+/* Another family, in shards or in 16 bits: one step, the decoder, and that
+ * what is saved is the same again. */
+static void test_family(const char *name, const char *directory) {
+  golden_model = name;
+  char *path = path_in(golden, name);
+  TbrModel *m = tbr_model_load(path);
+  TbrSequences s = golden_sequences();
+  test_step(m, &s);
+  tbr_model_save(m, directory, 1, 2, NULL);
+  TbrModel *again = tbr_model_load(directory);
+  CHECK(!memcmp(&again->config, &m->config, sizeof m->config));
+  BITS(again->param, m->param, m->n_params);
+  TbrTokens prompt = {s.id, 9, 0};
+  TbrSampling greedy = {.tokens = 20, .stop = {-1, -1}};
+  TbrTokens *said = tbr_generate(m, &prompt, 1, &greedy, NULL);
+  EQUAL(said->n, 20u);
+  /* What the decoder said, without one. */
+  TbrActs *acts = tbr_acts_new(m, 29);
+  real *logits = mem_raw(29 * m->config.vocab, sizeof *logits);
+  int32_t id[29], target[29] = {0};
+  memcpy(id, s.id, 9 * sizeof *id);
+  memcpy(id + 9, said->id, 20 * sizeof *id);
+  TbrSequences whole = {0};
+  tbr_sequences_add(&whole, id, target, 29);
+  tbr_logits(m, acts, &whole, logits);
+  for (size_t i = 9; i < 29; i++) {
+    const real *row = logits + (i - 1) * m->config.vocab;
+    for (size_t j = 0; j < m->config.vocab; j++)
+      CHECK(row[id[i]] >= row[j] - (real)1e-5);
+  }
+  tbr_acts_free(acts);
+  free(logits);
+  tbr_answers_free(said, 1);
+  tbr_sequences_free(&whole);
+  tbr_sequences_free(&s);
+  tbr_model_free(m), tbr_model_free(again);
+  free(path);
+}
+
+/* An adapter that PEFT saved: its logits, its gradients, and merged. */
+static void test_adapter(const char *directory) {
+  golden_model = "adapter";
+  char *path = path_in(golden, "adapter");
+  TbrModel *m = lora_read(path, 0), *merged = tbr_model_load(path);
+  size_t n, tokens;
+  real *ids = read_golden("ids", &tokens), *want = read_golden("logits", &n);
+  real *z = mem_raw(n, sizeof *z);
+  real *grad = mem_new(m->adapter->n_params, sizeof *grad);
+  int32_t id[40], target[40];
+  for (size_t i = 0; i < tokens; i++) {
+    id[i] = (int32_t)ids[i];
+    target[i] = 7 * id[i] % 53;
+  }
+  TbrSequences s = {0};
+  tbr_sequences_add(&s, id, target, tokens);
+  TbrActs *acts = tbr_acts_new(m, tokens);
+  EQUAL(n, tokens * m->config.vocab);
+  EQUAL(m->adapter->n_tensors, 12u);
+  tbr_logits(m, acts, &s, z);
+  compare("logits with an adapter", z, want, n, 1e-5);
+  tbr_logits(merged, acts, &s, z);
+  compare("logits of the merged model", z, want, n, 1e-5);
+  tbr_loss(m, acts, &s, grad, 1.0 / (double)tokens);
+  compare_all(m->adapter, grad, "", 1e-4);
+  /* What tbr saves is the same adapter. */
+  char *saved = path_in(directory, "adapter");
+  tbr_model_save(m, saved, 1, 2, NULL);
+  TbrModel *again = lora_read(saved, 0);
+  BITS(again->adapter->param, m->adapter->param, m->adapter->n_params);
+  SAME(again->lora.base, m->lora.base);
+  NEAR(again->lora.alpha, m->lora.alpha, 0);
+  FAILS(tbr_model_load_base(saved, 1), "is no model");
+  tbr_acts_free(acts);
+  tbr_sequences_free(&s);
+  free(ids), free(want), free(z), free(grad), free(path), free(saved);
+  tbr_model_free(m), tbr_model_free(merged), tbr_model_free(again);
+}
+
+/* What this adapter's file says is refused, once `old` there is `new`. */
+static void bad_adapter(const char *directory, const char *old,
+                        const char *new, const char *words) {
+  char *from = path_in(golden, "adapter"), *to = path_in(directory, "bad");
+  char *config = path_in(from, "adapter_config.json");
+  char *weights = path_in(from, "adapter_model.safetensors");
+  size_t n;
+  char *text = read_file(config, NULL), *bytes = read_file(weights, &n);
+  char *at = strstr(text, old);
+  CHECK(at);
+  Buf changed = {0};
+  buf_add(&changed, text, (size_t)(at - text));
+  buf_str(&changed, new);
+  buf_str(&changed, at + strlen(old));
+  make_directory(to);
+  write_in(to, "adapter_config.json", changed.s, changed.n);
+  write_in(to, "adapter_model.safetensors", bytes, n);
+  FAILS(tbr_model_load(to), words);
+  buf_free(&changed);
+  free(from), free(to), free(config), free(weights), free(text), free(bytes);
+}
+
+static void test_bad_adapters(const char *directory) {
+  bad_adapter(directory, "\"use_rslora\": false", "\"use_rslora\": true",
+              "use_rslora");
+  bad_adapter(directory, "\"use_dora\": false", "\"use_dora\": true",
+              "use_dora");
+  bad_adapter(directory, "\"bias\": \"none\"", "\"bias\": \"all\"", "bias");
+  bad_adapter(directory, "\"alpha_pattern\": {}",
+              "\"alpha_pattern\": {\"v_proj\": 2}", "alpha_pattern");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 4", "4 x 20");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 0", "rank from 1");
+  bad_adapter(directory, "\"r\": 3", "\"r\": 1e300", "rank from 1");
+  bad_adapter(directory, "\"v_proj\"", "\"lm_head\"", "targets");
+  bad_adapter(directory, "\"v_proj\"", "\"xv_proj\"", "targets");
+  bad_adapter(directory, "\"v_proj\"", "7", "targets");
+  bad_adapter(directory, "golden/model", "golden/nowhere", "is no model");
+}
+
 int main(int argc, char **argv) {
   const char *folder = check_folder(argc, argv);
   if (argc > 2) golden = argv[2];
@@ -144,6 +263,10 @@ int main(int argc, char **argv) {
   NEAR(m->config.rope_theta, 500, 0);
   test_step(m, &s);
   test_ten_steps(m, &s, directory);
+  test_family("qwen2", directory);
+  test_family("llama3", directory);
+  test_adapter(directory);
+  test_bad_adapters(directory);
   if (getenv("VERBOSE"))
     printf("largest errors: %.2g by norm, %.2g by entry\n", worst_norm,
            worst_largest);

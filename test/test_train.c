@@ -358,6 +358,133 @@ static void test_other_size(const char *folder) {
   tbr_tokenizer_free(tok);
 }
 
+/* ---- adapters, and frozen weights of 16 bits ------------------------------------ */
+
+static const TbrLora some_lora = {.rank = 4, .alpha = 8, .seed = 5,
+                                  .targets = "q_proj,v_proj,o_proj,up_proj",
+                                  .base = "base"};
+
+/* Trains adapters on into directory after `before` steps and a checkpoint. */
+static real *adapted(const char *directory, const TbrTokenizer *tok,
+                     const TbrTraining *o, size_t before) {
+  TbrSequences s = some_sequences(20);
+  real *w = NULL;
+  for (int run = 0; run < 2; run++) { /* as two processes, and once more */
+    TbrModel *m = small_model(1, 1);
+    tbr_lora_add(m, &some_lora);
+    size_t n = m->adapter->n_params, tokens;
+    if (run == 0) {
+      Trainer t = trainer_start(m, &s, o, directory);
+      while (t.step < before) train_step(&t, &tokens);
+      make_directory(directory);
+      trainer_save(&t);
+      trainer_free(&t);
+    } else {
+      TbrModel *other = small_model(1, 1);
+      tbr_train(m, tok, &s, o, directory, "again");
+      BITS(m->param, other->param, m->n_params); /* it is frozen */
+      w = mem_raw(n, sizeof *w);
+      memcpy(w, m->adapter->param, n * sizeof *w);
+      memset(m->adapter->param, 0, n * sizeof *w);
+      tbr_model_free(other);
+      other = small_model(1, 1);
+      tbr_lora_add(other, &some_lora);
+      tbr_train(other, tok, &s, o, directory, "again"); /* it is done already */
+      BITS(other->adapter->param, w, n);
+      tbr_model_free(other);
+    }
+    tbr_model_free(m);
+  }
+  tbr_sequences_free(&s);
+  return w;
+}
+
+static void test_adapter_resume(const char *folder) {
+  TbrTokenizer *tok = tbr_tokenizer_train("a", 1, 262);
+  TbrTraining t = some_training();
+  real *want = NULL;
+  TbrModel *m = small_model(1, 1);
+  tbr_lora_add(m, &some_lora);
+  for (size_t before = 0; before < t.steps; before += 4) {
+    char *name = format_string("adapter-%zu", before);
+    char *directory = path_in(folder, name);
+    char *state = path_in(directory, "adapter_model.safetensors");
+    remove(state);
+    real *got = adapted(directory, tok, &t, before);
+    if (want) BITS(got, want, m->adapter->n_params);
+    free(want);
+    want = got;
+    free(state), free(directory), free(name);
+  }
+  free(want);
+  tbr_model_free(m);
+  tbr_tokenizer_free(tok);
+}
+
+/* Writes a model whose parameters are random numbers of 16 bits. */
+static void write_halves(const TbrModel *m, const char *directory, StType type) {
+  Rng r = rng_stream(9, FOR_INIT, type);
+  Buf file = {0};
+  size_t at = 0;
+  buf_printf(&file, "%8s{", "");
+  for (size_t i = 0; i < m->n_tensors; i++) {
+    const TbrTensor *t = &m->tensor[i];
+    buf_printf(&file, "%s\"%s\": {\"dtype\": \"%s\", \"shape\": [", i ? ", " : "",
+               t->name, st_name[type]);
+    if (t->rows > 1) buf_printf(&file, "%zu, ", t->rows);
+    buf_printf(&file, "%zu], \"data_offsets\": [%zu, ", t->columns, at);
+    at += 2 * t->rows * t->columns;
+    buf_printf(&file, "%zu]}", at);
+  }
+  buf_char(&file, '}');
+  put_little_endian(file.s, file.n - 8, 8);
+  for (size_t i = 0; i < at / 2; i++) {
+    size_t sign = rng_below(&r, 2) << 15, mantissa = rng_below(&r, 128);
+    size_t bits = sign | (118 + rng_below(&r, 7)) << 7 | mantissa;
+    if (type == F16) bits = sign | rng_below(&r, 14) << 10 | mantissa << 3;
+    char two[2];
+    put_little_endian(two, bits, 2);
+    buf_add(&file, two, 2);
+  }
+  make_directory(directory);
+  config_write(&m->config, directory, 0, 1);
+  write_in(directory, "model.safetensors", file.s, file.n);
+  buf_free(&file);
+}
+
+/* Frozen weights of 16 bits give the same bits as their copy in float32. */
+static void test_halves(const char *folder, StType type, int tied) {
+  char *directory = path_in(folder, "halves");
+  TbrModel *shape = small_model(tied, 1);
+  write_halves(shape, directory, type);
+  TbrModel *m[2] = {tbr_model_load(directory), tbr_model_load_base(directory, 1)};
+  TbrTraining o = some_training();
+  TbrSequences s = some_sequences(20);
+  int32_t id[] = {5, 3, 8};
+  TbrTokens prompt = {.id = id, .n = 3}, *said[2];
+  TbrSampling how = {.temperature = 1, .top_p = 1, .tokens = 30,
+                     .stop = {-1, -1}};
+  CHECK(!m[0]->half && m[1]->half);
+  EQUAL(m[1]->n_params, shape->n_params);
+  for (int i = 0; i < 2; i++) {
+    tbr_lora_add(m[i], &some_lora);
+    tbr_train(m[i], NULL, &s, &o, NULL, NULL);
+    said[i] = tbr_generate(m[i], &prompt, 1, &how, NULL);
+  }
+  BITS(m[1]->adapter->param, m[0]->adapter->param, m[0]->adapter->n_params);
+  EQUAL(said[0]->n, 30u);
+  EQUAL(said[1]->n, 30u);
+  BITS(said[1]->id, said[0]->id, 30);
+  CHECK(tbr_training_bytes(m[1], 50) < tbr_training_bytes(m[0], 50));
+  for (int i = 0; i < 2; i++) {
+    tbr_answers_free(said[i], 1);
+    tbr_model_free(m[i]);
+  }
+  tbr_sequences_free(&s);
+  tbr_model_free(shape);
+  free(directory);
+}
+
 /* Two models whose parameters are alike and whose heads are not are two
  * trainings. */
 static void test_mark_tells_heads(void) {
@@ -554,6 +681,9 @@ int main(int argc, char **argv) {
   test_adamw();
   test_parts_and_threads();
   test_resume(folder);
+  test_adapter_resume(folder);
+  test_halves(folder, F16, 1);
+  test_halves(folder, BF16, 0);
   test_mark_tells_heads();
   test_order();
   test_bad_training();

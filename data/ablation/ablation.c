@@ -449,7 +449,7 @@ static void reflect_internally(ArmRows *from) {
                      .top_p = 1,
                      .tokens = 96,
                      .seed = cell->method.seed};
-  Pair base = pair_load(cell->method.base, cell->method.tokenizer);
+  Pair base = pair_load(cell->method.base, cell->method.tokenizer, 0);
   tbr_reflect(base.model, base.tok, &plain, (const char *const *)lead,
               request != NULL, &how);
   for (size_t i = 0; i < from->n; i++) {
@@ -937,7 +937,7 @@ static void model_evaluate(const Cell *cell, const TbrExamples *tests,
   buf_str(&tag, "\"arm\": ");
   json_quote(&tag, cell->arm, strlen(cell->arm));
   buf_printf(&tag, ", \"seed\": %zu", method->seed);
-  Pair pair = pair_load(method->model, "");
+  Pair pair = pair_load(method->model, "", 0);
   char *request = text_of_file(method->ask);
   Scorer scorer = scorer_new(pair.model, pair.tok, tests->n);
   TbrEvaluation how = {.sampling = sampling_of(method),
