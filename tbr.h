@@ -352,6 +352,12 @@ const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
 
+/* Gives it another chat template: tbr, smollm2, qwen (2.5), chatml (without a
+ * system line), llama3.1 (and later ones, which are told a date), llama3, zephyr
+ * (and TinyLlama), llama2 or alpaca. */
+void tbr_tokenizer_template(TbrTokenizer *tok, const char *name,
+                            const char *date);
+
 /* ---- exact arithmetic (chapters 12 and 13) ----------------------------- */
 
 /* These give the same bits on every IEEE 754 platform.
