@@ -480,8 +480,9 @@ static void examples_spread(TbrExamples *list, size_t n) {
  *
  * The model reads the prompt and learns all that stands behind <assistant>,
  * so it learns to reflect as well as to respond. A row without reflection has
- * the response right behind <assistant>. What takes an answer apart again
- * stands beside what puts a row together, since they are each other's
+ * the response right behind <assistant>. So it is with tbr's own models; others
+ * have their chat templates, known from a table. What takes an answer apart
+ * again stands beside what puts a row together, since they are each other's
  * inverse. Left out: dialogues of several turns, packing with padding.
  * ====================================================================== */
 
@@ -541,6 +542,7 @@ static const Template template_row[] = {
      "\n\n### Response:\n", "<|eos|>"},
     {NULL, "", NULL, NULL, "<|eos|>"}};
 
+/* The row of a tokenizer. */
 static const Template *template_of(const TbrTokenizer *tok) {
   const Template *row = template_row;
   const char *own = *chat_template_of(tok);
@@ -553,6 +555,7 @@ void tbr_tokenizer_template(TbrTokenizer *tok, const char *name,
                             const char *date) {
   const Template *row = template_row;
   Buf text = {0};
+  if (!*name) return;
   while (row->name && strcmp(row->name, name))
     row++;
   if (!row->before)
@@ -607,7 +610,7 @@ static void add_message(Buf *to, const char *message, int trimmed) {
     if (to->s[i] == '<') to->s[i] = 0;
 }
 
-/* The template of a tokenizer; fails unless it has what that needs. */
+/* The same; fails unless it is known, and its tokens are there. */
 static const Template *template_needed(const TbrTokenizer *tok) {
   const Template *row = template_of(tok);
   size_t n;
@@ -623,6 +626,7 @@ static const Template *template_needed(const TbrTokenizer *tok) {
   return row;
 }
 
+/* A whole dialogue, to be freed with its text. */
 static Dialogue dialogue_of(const TbrTokenizer *tok, const char *prompt,
                             const char *reflection, const char *response) {
   const Template *row = template_needed(tok);
@@ -650,8 +654,8 @@ static Dialogue dialogue_of(const TbrTokenizer *tok, const char *prompt,
   return d;
 }
 
-/* The tokens of its first n bytes: each text between special tokens is encoded
- * as one, as Hugging Face does. */
+/* The tokens of its first n bytes, and how many those are. Each text between
+ * special tokens is encoded as one, as Hugging Face does. */
 static TbrTokens dialogue_tokens(const TbrTokenizer *tok, const Dialogue *d,
                                  size_t n) {
   TbrTokens tokens = {0};
@@ -670,7 +674,6 @@ static TbrTokens dialogue_tokens(const TbrTokenizer *tok, const Dialogue *d,
   return tokens;
 }
 
-/* How many those are. */
 static size_t dialogue_length(const TbrTokenizer *tok, const Dialogue *d,
                               size_t n) {
   TbrTokens tokens = dialogue_tokens(tok, d, n);
@@ -2162,12 +2165,12 @@ static double trainer_run(Trainer *trainer, const char *label) {
 static void trainer_finish(const Trainer *trainer, const TbrTokenizer *tok) {
   const char *directory = trainer->directory;
   char *state = path_in(directory, state_file);
-  int32_t stop[2];
+  int32_t stop[2], bos = tbr_special(tok, mark_name[BOS]);
   tbr_tokenizer_save(tok, directory);
   write_in(directory, "log.csv", trainer->log.s, trainer->log.n);
   stops_of(tok, stop);
-  tbr_model_save(trainer->model, directory, tbr_special(tok, mark_name[BOS]),
-                 stop[0], trainer->mark);
+  if (bos < 0) bos = stop[1];
+  tbr_model_save(trainer->model, directory, bos, stop[0], trainer->mark);
   remove(state);
   free(state);
 }
@@ -3707,10 +3710,8 @@ static char *chat_template_read(const char *directory) {
   for (; one; one = one->next)
     if (!strcmp(json_string(one, "name", ""), "default"))
       found = json_get(one, "template");
-  char *text = NULL;
-  if (file_exists(jinja))
-    text = read_file(jinja, NULL);
-  else if (found && found->string && strcmp(found->string, chat_template))
+  char *text = file_exists(jinja) ? read_file(jinja, NULL) : NULL;
+  if (!text && found && found->string && strcmp(found->string, chat_template))
     text = copy_string(found->string);
   json_free(config);
   free(path);
@@ -5269,11 +5270,6 @@ static void verb_data(const Options *options) {
   tbr_examples_free(&rows);
 }
 
-static void choose_template(const Options *options, TbrTokenizer *tok) {
-  if (*options->template)
-    tbr_tokenizer_template(tok, options->template, options->date);
-}
-
 /* Prints rows as they are trained: token by token, or without tokenizer as
  * text. */
 static void verb_show(const Options *options) {
@@ -5284,7 +5280,7 @@ static void verb_show(const Options *options) {
                             : tbr_tokenizer_train(" ", 1, MARKS + 256);
   TbrExamples rows = tbr_examples_read(path);
   TbrSequences s = {0};
-  choose_template(options, tok);
+  tbr_tokenizer_template(tok, options->template, options->date);
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < rows.n && i < options->show; i++) {
     tbr_example_sequence(&s, tok, &rows.row[i], SIZE_MAX / 2, TBR_DROP_LONG);
@@ -5426,7 +5422,7 @@ static void verb_train(const Options *options) {
     tbr_fail("no examples to train on: --data names a file; `tbr data` makes "
              "one of general and safety rows");
   Pair pair = pair_load(options->base, options->tokenizer);
-  choose_template(options, pair.tok);
+  tbr_tokenizer_template(pair.tok, options->template, options->date);
   tbr_tokenizer_add_marks(pair.tok);
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
   if (vocab > pair.model->config.vocab)
@@ -5456,7 +5452,7 @@ static TbrSampling sampling_of(const Options *options) {
  * of a dialogue, else as a text that goes on. */
 static void verb_generate(const Options *options) {
   Pair pair = pair_load(options->model, options->tokenizer);
-  choose_template(options, pair.tok);
+  tbr_tokenizer_template(pair.tok, options->template, options->date);
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
   int answers = *chat_template_of(pair.tok) ||
@@ -5525,7 +5521,7 @@ static void print_results(TbrResults *results) {
 static void verb_eval(const Options *options) {
   if (!*options->prompts) tbr_fail("--prompts names the file of prompts");
   Pair pair = pair_load(options->model, options->tokenizer);
-  choose_template(options, pair.tok);
+  tbr_tokenizer_template(pair.tok, options->template, options->date);
   TbrExamples prompts = tbr_examples_read(options->prompts);
   TbrResults results = {0};
   Buf tag = {0};
@@ -5667,10 +5663,10 @@ static void verb_info(const Options *options) {
 
 static void verb_import(const Options *options) {
   Pair pair = pair_load(options->base, options->tokenizer);
-  int32_t stop[2];
+  int32_t stop[2], bos = tbr_special(pair.tok, mark_name[BOS]);
   stops_of(pair.tok, stop);
-  tbr_model_save(pair.model, options->out,
-                 tbr_special(pair.tok, mark_name[BOS]), stop[0], NULL);
+  if (bos < 0) bos = stop[1];
+  tbr_model_save(pair.model, options->out, bos, stop[0], NULL);
   tbr_tokenizer_save(pair.tok, options->out);
   pair_free(&pair);
 }
