@@ -739,20 +739,21 @@ TbrFate tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
 
 /* ---- and taken apart again --------------------------------------------- */
 
-/* What tokens say (fresh), also <think> and </think> if they are special. A
- * zero byte, which would end a string, becomes another that is no UTF-8, and so
- * U+FFFD in files. */
+/* What tokens say (fresh); a special <think> that they begin with, and the next
+ * </think>, stand in it as text. A zero byte, which would end a string, becomes
+ * another that is no UTF-8, and so U+FFFD in files. */
 static char *words_of(const TbrTokenizer *tok, const TbrTokens *said) {
   TbrTokens plain = {0};
-  size_t length;
+  size_t length, mark = THINK; /* the next one */
   for (size_t i = 0; i < said->n; i++) {
-    size_t mark = THINK;
-    while (mark < MARKS && said->id[i] != tbr_special(tok, mark_name[mark]))
-      mark++;
-    if (mark < MARKS)
+    int32_t id = said->id[i];
+    if (mark < MARKS && id == tbr_special(tok, mark_name[mark])) {
       tokens_bytes(&plain, tok, mark_name[mark], strlen(mark_name[mark]));
-    else
-      tokens_add(&plain, said->id[i]);
+      mark++;
+    } else {
+      tokens_add(&plain, id);
+      if (mark == THINK) mark = MARKS;
+    }
   }
   char *text = tbr_decode(tok, plain.id, plain.n, &length);
   for (size_t i = 0; i < length; i++)
