@@ -172,6 +172,18 @@ static void test_mask(void) {
   char *reflection, *answer = tbr_split_answer(tok, &three, &reflection);
   SAME(answer, "a\xff" "b");
   free(answer);
+  /* Marks of a reflection count once, at the beginning. */
+  int32_t think = tbr_special(tok, "<think>"), end = think + 1;
+  int32_t twice[] = {think, 6 + 'a', end, 6 + 'b', end, think, 6 + 'c', end};
+  TbrTokens eight = {.id = twice, .n = 8}, six = {.id = twice + 1, .n = 7};
+  answer = tbr_split_answer(tok, &eight, &reflection);
+  SAME(answer, "bc");
+  SAME(reflection, "a");
+  free(answer), free(reflection);
+  answer = tbr_split_answer(tok, &six, &reflection);
+  SAME(answer, "abc");
+  CHECK(!reflection);
+  free(answer);
   tbr_tokenizer_free(tok);
 }
 
