@@ -376,10 +376,8 @@ enum { BOS, EOS, USER, ASSISTANT, THINK, END_THINK, MARKS };
 static const char *const mark_name[MARKS] = {
     "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
 
-/* The text of a tokenizer's chat template, NULL if it has none, or is tbr's
- * own; gives it another, which is its own from then on. */
-static const char *tokenizer_template(const TbrTokenizer *tok);
-static void tokenizer_set_template(TbrTokenizer *tok, char *text);
+/* Where a tokenizer has its chat template: NULL for none, or tbr's own. */
+static char **chat_template_of(const TbrTokenizer *tok);
 
 /* From numbers but 0 to numbers. Starts as {0}; to free it, free its slot. */
 typedef struct {
@@ -511,8 +509,9 @@ static void examples_spread(TbrExamples *list, size_t n) {
  *
  * The model reads the prompt and learns all that stands behind <assistant>,
  * so it learns to reflect as well as to respond. A row without reflection has
- * the response right behind <assistant>. What takes an answer apart again
- * stands beside what puts a row together, since they are each other's
+ * the response right behind <assistant>. So it is with tbr's own models; others
+ * have their chat templates, known from a table. What takes an answer apart
+ * again stands beside what puts a row together, since they are each other's
  * inverse. Left out: dialogues of several turns, packing with padding.
  * ====================================================================== */
 
@@ -531,238 +530,212 @@ static void tokens_bytes(TbrTokens *to, const TbrTokenizer *tok,
   free(id);
 }
 
-static void tokens_text(TbrTokens *to, const TbrTokenizer *tok,
-                        const char *text) {
-  tokens_bytes(to, tok, text, strlen(text));
-}
+/* ---- what stands around prompt and answer ------------------------------ */
 
-/* ---- the dialogues of models ------------------------------------------- */
+#define TEMPLATES "tbr smollm2 qwen chatml llama3.1 llama3 zephyr llama2 alpaca"
 
-/* Where the message stands in the texts below, and what else is not literal, as
- * Jinja writes it; special tokens stand under their own names. */
-#define MESSAGE "{{ message['content'] }}"
-#define TRIMMED "{{ message['content'] | trim }}"
-#define HEADER(role) "<|start_header_id|>" role "<|end_header_id|>\n\n"
-#define CHATML                                                        \
-  "<|im_start|>user\n" MESSAGE "<|im_end|>\n<|im_start|>assistant\n", \
-      MESSAGE "<|im_end|>\n", "<|im_end|>"
-#define CHATML_SYSTEM(line) "<|im_start|>system\n" line "<|im_end|>\n" CHATML
-#define LLAMA3   \
-  HEADER("user") \
-  TRIMMED "<|eot_id|>" HEADER("assistant"), TRIMMED "<|eot_id|>", "<|eot_id|>"
-
-/* What stands around prompt and answer. A model's own is the first whose sign
- * is in its chat template; where that is known not to be one of these, `ask`
- * is NULL. */
+/* That of a model is the first whose sign is in its chat template. Special
+ * tokens stand under their names, and a date as %.*s. Without `before`, it is
+ * one that is known to be none of these. */
 typedef struct {
-  const char *name, *sign;
-  const char *ask;   /* up to where the model goes on */
-  const char *reply; /* what it learns to say, */
-  const char *end;   /* and the special token which ends that */
-} Dialogue;
-static const Dialogue dialogue[] = {
-    {"tbr", "'<|user|>' + message['content'] }}",
-     "<|bos|><|user|>" MESSAGE "<|assistant|>", MESSAGE "<|eos|>", "<|eos|>"},
-    {"smollm2", "named SmolLM, trained by Hugging Face<|im_end|>",
-     CHATML_SYSTEM("You are a helpful AI assistant named SmolLM, trained by "
-                   "Hugging Face")},
-    {"qwen", "You are Qwen, created by Alibaba Cloud. You are a helpful",
-     CHATML_SYSTEM("You are Qwen, created by Alibaba Cloud. You are a helpful "
-                   "assistant.")},
-    {"qwen2", "system\nYou are a helpful assistant.<|im_end|>",
-     CHATML_SYSTEM("You are a helpful assistant.")},
-    {"", "<|im_start|>system", NULL, NULL, NULL},
-    {"chatml", "<|im_start|>", CHATML}};
-enum { DIALOGUES = sizeof dialogue / sizeof *dialogue };
+  const char *name, *sign, *before, *between, *behind;
+} Template;
 
-/* The dialogue of a tokenizer, tbr's own where it has no template, or NULL. */
-static const Dialogue *dialogue_known(const TbrTokenizer *tok) {
-  const char *template = tokenizer_template(tok);
-  if (!template) return dialogue;
-  for (size_t i = 0; i < DIALOGUES; i++) {
-    if (!strstr(template, dialogue[i].sign)) continue;
-    return dialogue[i].ask ? &dialogue[i] : NULL;
-  }
-  return NULL;
+#define CHATML \
+  "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"
+#define LLAMA3                                                       \
+  "<|start_header_id|>user<|end_header_id|>\n\n",                    \
+      "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", \
+      "<|eot_id|>"
+static const Template template_row[] = {
+    {"tbr", "'<|user|>' + message['content'] }}", "<|bos|><|user|>",
+     "<|assistant|>", "<|eos|>"},
+    {"smollm2", "trained by Hugging Face<|im_end|>",
+     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained "
+     "by Hugging Face<|im_end|>\n" CHATML},
+    {"qwen", "You are Qwen, created by",
+     "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a "
+     "helpful assistant.<|im_end|>\n" CHATML},
+    {"", "<|im_start|>system", NULL, NULL, "<|im_end|>"},
+    {"chatml", "<|im_start|>", CHATML},
+    {"llama3.1", "Cutting Knowledge Date",
+     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting "
+     "Knowledge Date: December 2023\nToday Date: %.*s\n\n<|eot_id|>" LLAMA3},
+    {"llama3", "<|start_header_id|>", "<|begin_of_text|>" LLAMA3},
+    {"zephyr", "'<|user|>\n' + message['content'] + eos_token }}", "<|user|>\n",
+     "</s>\n<|assistant|>\n", "</s>\n"},
+    {"llama2", "<<SYS>>", "<s>[INST] ", " [/INST] ", " </s>"},
+    {"alpaca", "### Response:",
+     "Below is an instruction that describes a task. Write a response that "
+     "appropriately completes the request.\n\n### Instruction:\n",
+     "\n\n### Response:\n", "<|eos|>"},
+    {NULL, "", NULL, NULL, "<|eos|>"}};
+
+/* The row of a tokenizer. */
+static const Template *template_of(const TbrTokenizer *tok) {
+  const Template *row = template_row;
+  const char *own = *chat_template_of(tok);
+  while (own && !strstr(own, row->sign))
+    row++;
+  return row;
 }
 
-/* The same, where there must be one. */
-static const Dialogue *dialogue_of(const TbrTokenizer *tok) {
-  const Dialogue *known = dialogue_known(tok);
-  if (!known)
-    tbr_fail("the chat template of this tokenizer is none that is known; "
-             "--template NAME says which is to be used");
-  return known;
+void tbr_tokenizer_template(TbrTokenizer *tok, const char *name,
+                            const char *date) {
+  const Template *row = template_row;
+  Buf text = {0};
+  if (!*name) return;
+  while (row->name && strcmp(row->name, name))
+    row++;
+  if (!row->before)
+    tbr_fail("there is no template \"%s\", only " TEMPLATES, name);
+  int eos = !strcmp(row->behind, mark_name[EOS]);
+  buf_printf(&text, "{# %s #}", row->sign);
+  buf_printf(&text, row->before, (int)strlen(date), date);
+  buf_printf(&text,
+             "{{ messages[0].content }}%s{%% if messages[1] %%}"
+             "{{ messages[1].content }}%s{%% endif %%}",
+             row->between, eos ? "{{ eos_token }}" : row->behind);
+  if (row == template_row) buf_free(&text);
+  free(*chat_template_of(tok));
+  *chat_template_of(tok) = text.s;
 }
 
-/* What ends an answer: the token that the dialogue says, or the other one that
- * a text ends or begins with; -1 for what there is not. */
+/* The special token whose name begins there, of n bytes; or -1. */
+static int32_t special_at(const TbrTokenizer *tok, const char *at, size_t *n) {
+  *n = strcspn(at, ">") + 1;
+  char *name = format_string("%.*s", (int)*n, at);
+  int32_t id = tbr_special(tok, name);
+  free(name);
+  return id;
+}
+
+/* What ends an answer: the token of the dialogue, and the other one that ends
+ * texts, or else begins them; -1: there is none. */
 static void stops_of(const TbrTokenizer *tok, int32_t stop[2]) {
-  const Dialogue *known = dialogue_known(tok);
-  if (!known) known = dialogue;
-  stop[0] = tbr_special(tok, known->end);
+  size_t n;
+  stop[0] = special_at(tok, strchr(template_of(tok)->behind, '<'), &n);
   stop[1] = tbr_special(tok, mark_name[EOS]);
-  if (stop[1] == stop[0]) stop[1] = tbr_special(tok, mark_name[BOS]);
+  if (stop[0] == stop[1]) stop[1] = tbr_special(tok, mark_name[BOS]);
 }
 
 /* ---- a dialogue put together, and its mask ----------------------------- */
 
-/* Tokens being written. */
+/* A dialogue as text, and where in it end: the prompt; what asks for an answer,
+ * less a blank that belongs to that; the reflection, before its mark and behind
+ * it. */
 typedef struct {
-  const TbrTokenizer *tok;
-  const Dialogue *kind;
-  TbrTokens to;
-  Buf text;           /* since the last special token, encoded as one */
-  size_t begin, done; /* where its tokens begin; the bytes that have some */
-} Writer;
+  Buf text;
+  size_t prompt, ask, thought, reflection;
+} Dialogue;
 
-/* Encodes what has no tokens yet: with the text before it, as Hugging Face
- * does, unless then the tokens that are there would be others. */
-static void write_pending(Writer *w) {
-  int32_t *id;
-  size_t old = w->to.n - w->begin;
-  if (w->text.n == w->done) return;
-  size_t n = tbr_encode(w->tok, w->text.s, w->text.n, &id);
-  if (old && (n < old || memcmp(id, w->to.id + w->begin, old * sizeof *id))) {
-    free(id);
-    old = 0;
-    n = tbr_encode(w->tok, w->text.s + w->done, w->text.n - w->done, &id);
-  }
-  for (size_t i = old; i < n; i++)
-    tokens_add(&w->to, id[i]);
-  free(id);
-  w->done = w->text.n;
+/* Adds a message. Zero bytes in it stand for <, so that it has no name of a
+ * special token. */
+static void add_message(Buf *to, const char *message, int trimmed) {
+  if (trimmed) message += strspn(message, " \t\r\n");
+  size_t n = trimmed ? trimmed_length(message) : strlen(message);
+  buf_add(to, message, n);
+  for (size_t i = to->n - n; i < to->n; i++)
+    if (to->s[i] == '<') to->s[i] = 0;
 }
 
-static void write_special(Writer *w, int32_t id) {
-  write_pending(w);
-  tokens_add(&w->to, id);
-  buf_clear(&w->text);
-  w->done = 0;
-  w->begin = w->to.n;
+/* The same; fails unless it is known, and its tokens are there. */
+static const Template *template_needed(const TbrTokenizer *tok) {
+  const Template *row = template_of(tok);
+  size_t n;
+  if (!row->before)
+    tbr_fail("the chat template of this tokenizer is unknown; --template says "
+             "which of these to use: " TEMPLATES);
+  const char *name = strchr(row->behind, '<');
+  if (row == template_row) name = mark_name[ASSISTANT];
+  if (special_at(tok, name, &n) < 0)
+    tbr_fail("the tokenizer has no special token %.*s, which dialogues need; "
+             "`tbr train` adds tbr's own, --template uses others",
+             (int)n, name);
+  return row;
 }
 
-/* Ends a reflection; a model that has no such token writes it as text. Of tbr's
- * own nothing stands beside it, of others what reasoning models write. */
-static void write_think(Writer *w, size_t mark, const char *before,
-                        const char *behind) {
-  int32_t id = tbr_special(w->tok, mark_name[mark]);
-  int own = w->kind == dialogue;
-  if (!own) buf_str(&w->text, before);
-  if (id < 0) buf_str(&w->text, mark_name[mark]);
-  if (id >= 0) write_special(w, id);
-  if (!own) buf_str(&w->text, behind);
-}
-static void write_end_think(Writer *w) {
-  write_think(w, END_THINK, "\n", "\n\n");
-}
-
-/* Writes a message, which never yields a special token. */
-static void write_message(Writer *w, const char *reflection, const char *text,
-                          int trimmed) {
-  size_t n = strlen(text);
+/* A whole dialogue, to be freed with its text. */
+static Dialogue dialogue_of(const TbrTokenizer *tok, const char *prompt,
+                            const char *reflection, const char *response) {
+  const Template *row = template_needed(tok);
+  int plain = row == template_row;
+  int trims = !strncmp(row->name, "llama", 5); /* white space of messages */
+  const char *date = *chat_template_of(tok);
+  Dialogue d = {{0}, 0, 0, 0, 0};
+  if (date) date = strstr(date, "Today Date: ");
+  date = date && date[12] != '"' ? date + 12 : "26 Jul 2024";
+  buf_printf(&d.text, row->before, (int)strcspn(date, "\n"), date);
+  add_message(&d.text, prompt, trims);
+  d.prompt = d.text.n;
+  buf_str(&d.text, row->between);
+  d.ask = d.text.n - (size_t)ends_with(row->between, " ");
+  d.thought = d.reflection = d.ask;
   if (reflection) {
-    write_think(w, THINK, "", "\n");
-    buf_str(&w->text, reflection);
-    write_end_think(w);
+    buf_str(&d.text, plain ? "<think>" : "<think>\n");
+    add_message(&d.text, reflection, 0);
+    d.thought = d.text.n;
+    buf_str(&d.text, plain ? "</think>" : "\n</think>\n\n");
+    d.reflection = d.text.n;
   }
-  if (trimmed) {
-    text += strspn(text, " \t\r\n");
-    n = trimmed_length(text);
-  }
-  buf_add(&w->text, text, n);
+  if (response) add_message(&d.text, response, trims);
+  buf_str(&d.text, row->behind);
+  return d;
 }
 
-/* Writes a text of the table. */
-static void write_form(Writer *w, const char *form, const char *reflection,
-                       const char *text) {
-  while (*form) {
-    size_t n = strcspn(form, "<{");
-    buf_add(&w->text, form, n);
-    form += n;
-    if (!*form) break;
-    n = strcspn(form, ">}") + 1 + (*form == '{');
-    char *name = format_string("%.*s", (int)n, form);
-    int32_t id = tbr_special(w->tok, name);
-    form += n;
-    if (*name == '{')
-      write_message(w, reflection, text, !strcmp(name, TRIMMED));
-    else if (id >= 0)
-      write_special(w, id);
-    else
-      tbr_fail("the tokenizer has no special token %s, which the dialogue "
-               "\"%s\" needs; `tbr train` adds tbr's own to a base model, and "
-               "--template NAME says which is to be used",
-               name, w->kind->name);
-    free(name);
+/* The tokens of its first n bytes, and how many those are. Each text between
+ * special tokens is encoded as one, as Hugging Face does. */
+static TbrTokens dialogue_tokens(const TbrTokenizer *tok, const Dialogue *d,
+                                 size_t n) {
+  TbrTokens tokens = {0};
+  Buf text = {0};
+  for (size_t at = 0, length; at < n; at += length) {
+    const char *from = d->text.s + at;
+    int32_t id = -1;
+    if (*from == '<') id = special_at(tok, from, &length);
+    if (id < 0) length = 1;
+    if (id < 0) buf_char(&text, *from ? *from : '<');
+    if (id >= 0 || at + length == n) tokens_bytes(&tokens, tok, text.s, text.n);
+    if (id >= 0) buf_clear(&text);
+    if (id >= 0) tokens_add(&tokens, id);
   }
-  write_pending(w);
+  buf_free(&text);
+  return tokens;
 }
 
-/* What asks a model. */
-static Writer write_ask(const TbrTokenizer *tok, const char *prompt) {
-  Writer w = {.tok = tok, .kind = dialogue_of(tok)};
-  buf_str(&w.text, "");
-  write_form(&w, w.kind->ask, NULL, prompt);
-  return w;
+static size_t dialogue_length(const TbrTokenizer *tok, const Dialogue *d,
+                              size_t n) {
+  TbrTokens tokens = dialogue_tokens(tok, d, n);
+  free(tokens.id);
+  return tokens.n;
 }
 
 TbrTokens tbr_prompt_tokens(const TbrTokenizer *tok, const char *prompt) {
-  Writer w = write_ask(tok, prompt);
-  buf_free(&w.text);
-  return w.to;
+  Dialogue d = dialogue_of(tok, prompt, NULL, NULL);
+  TbrTokens tokens = dialogue_tokens(tok, &d, d.ask);
+  buf_free(&d.text);
+  return tokens;
 }
 
-/* What stands between a prompt and its answer, and so behind a prompt that was
- * cut; fails if a dialogue can't be had in `room` tokens. */
-static TbrTokens behind_prompt(const TbrTokenizer *tok, size_t room) {
-  Writer w = write_ask(tok, "");
-  size_t least = w.to.n + 4;
-  if (room < least)
-    tbr_fail("a context of %zu tokens is too short for a dialogue; \"%s\" "
-             "needs %zu",
-             room + 1, w.kind->name, least + 1);
-  w.to.n = 0;
-  write_form(&w, strstr(strstr(w.kind->ask, "{{ message"), "}}") + 2, NULL, "");
-  buf_free(&w.text);
-  return w.to;
-}
-
-/* Cuts a dialogue of n_prompt and n_reflection tokens and a response to `most`:
- * the response gets what the reflection leaves, but at least half. A cut
- * response loses its end, a cut reflection ends in </think> all the same. */
-static void dialogue_cut(TbrTokens *all, size_t n_prompt, size_t n_reflection,
-                         size_t most, const TbrTokens *end_think) {
+/* Cuts the tokens of a dialogue to `most`; returns whether there is room. The
+ * response gets what the reflection leaves, but at least half. A cut response
+ * loses its end, a cut reflection ends in </think> all the same. */
+static int dialogue_cut(TbrTokens *all, const TbrTokenizer *tok,
+                        const Dialogue *d, size_t most) {
+  size_t n_prompt = dialogue_length(tok, d, d->ask);
+  size_t n_thought = dialogue_length(tok, d, d->thought) - n_prompt;
+  size_t n_reflection = dialogue_length(tok, d, d->reflection) - n_prompt;
+  size_t n_end = n_reflection - n_thought;
+  if (n_prompt + 4 > most || n_prompt + 2 * n_end > most) return 0;
   size_t room = most - n_prompt;
   size_t n_kept = smaller(n_reflection, room - room / 2);
   size_t n_response = smaller(all->n - n_prompt - n_reflection, room - n_kept);
-  n_kept = smaller(n_reflection, room - n_response);
-  int32_t *from = all->id + n_prompt + n_reflection;
-  int32_t *to = all->id + n_prompt + n_kept;
-  size_t end = end_think->n;
-  memmove(to, from, n_response * sizeof *to);
-  if (n_kept < n_reflection) memcpy(to - end, end_think->id, end * sizeof *to);
-  all->n = n_prompt + n_kept + n_response;
-}
-
-/* Cuts a dialogue of an example if its response is to be learnt, too; returns
- * whether there is room for that. */
-static int example_cut(Writer *w, size_t n_prompt, const TbrExample *example,
-                       const char *response, size_t most) {
-  Writer end = {.tok = w->tok, .kind = w->kind};
-  Writer rest = end;
-  write_end_think(&end);
-  write_pending(&end);
-  write_form(&rest, w->kind->reply, NULL, response);
-  size_t n = w->to.n - n_prompt, n_reflection = 0;
-  if (example->reflection) n_reflection = n - smaller(n, rest.to.n);
-  int fits = n_prompt + 2 + 2 * end.to.n <= most;
-  if (fits) dialogue_cut(&w->to, n_prompt, n_reflection, most, &end.to);
-  free(end.to.id);
-  free(rest.to.id);
-  buf_free(&end.text);
-  buf_free(&rest.text);
-  return fits;
+  n_kept = smaller(n_reflection, room - n_response) - n_end;
+  int32_t *answer = all->id + n_prompt;
+  memmove(answer + n_kept, answer + n_thought,
+          (n_end + n_response) * sizeof *answer);
+  all->n = n_prompt + n_kept + n_end + n_response;
+  return 1;
 }
 
 /* A sequence has each token but the last, and as target the token behind it:
@@ -770,65 +743,64 @@ static int example_cut(Writer *w, size_t n_prompt, const TbrExample *example,
 TbrFate tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                              const TbrExample *example, size_t context,
                              TbrTooLong too_long) {
-  const char *response = example->response ? example->response : "";
-  Writer w = write_ask(tok, example->prompt);
-  size_t n_prompt = w.to.n;
-  write_form(&w, w.kind->reply, example->reflection, response);
-
+  Dialogue d =
+      dialogue_of(tok, example->prompt, example->reflection, example->response);
+  TbrTokens all = dialogue_tokens(tok, &d, d.text.n);
   TbrFate fate = TBR_WHOLE;
   size_t most = context + 1;
-  if (w.to.n > most) fate = TBR_DROPPED;
+  if (all.n > most) fate = TBR_DROPPED;
   if (fate == TBR_DROPPED && too_long == TBR_CUT_LONG &&
-      example_cut(&w, n_prompt, example, response, most))
+      dialogue_cut(&all, tok, &d, most))
     fate = TBR_CUT;
   if (fate != TBR_DROPPED) {
-    tbr_sequences_add(out, w.to.id, w.to.id + 1, w.to.n - 1);
+    tbr_sequences_add(out, all.id, all.id + 1, all.n - 1);
     /* The mask. Target i is token i + 1, so this ends with the prompt's last,
-     * <|assistant|> or so; the first to be learnt is the token behind it. */
+     * as <|assistant|>; the first to be learnt is the token behind it. */
+    size_t n_prompt = smaller(dialogue_length(tok, &d, d.ask), all.n);
     int32_t *target = out->target + out->first[out->n - 1];
     for (size_t i = 0; i + 1 < n_prompt; i++)
       target[i] = -1;
   }
-  free(w.to.id);
-  buf_free(&w.text);
+  free(all.id);
+  buf_free(&d.text);
   return fate;
 }
 
 /* ---- and taken apart again --------------------------------------------- */
 
-/* What tokens say (fresh), with <think> and </think> to be seen also where they
- * are special tokens. A zero byte, which would end a string, becomes another
- * that is no UTF-8, and so U+FFFD in files. */
-static char *words_of(const TbrTokenizer *tok, const int32_t *id, size_t n) {
-  int32_t think = tbr_special(tok, mark_name[THINK]);
-  int32_t end_think = tbr_special(tok, mark_name[END_THINK]);
-  Buf text = {0};
-  buf_str(&text, "");
-  for (size_t i = 0; i < n; i++) {
-    size_t begin = i, bytes;
-    while (i < n && id[i] != think && id[i] != end_think)
-      i++;
-    char *run = tbr_decode(tok, id + begin, i - begin, &bytes);
-    buf_add(&text, run, bytes);
-    free(run);
-    if (i < n) buf_str(&text, mark_name[id[i] == think ? THINK : END_THINK]);
+/* What tokens say (fresh); a special <think> that they begin with, and the next
+ * </think>, stand in it as text. A zero byte, which would end a string, becomes
+ * another that is no UTF-8, and so U+FFFD in files. */
+static char *words_of(const TbrTokenizer *tok, const TbrTokens *said) {
+  TbrTokens plain = {0};
+  size_t length, mark = THINK; /* the next one */
+  for (size_t i = 0; i < said->n; i++) {
+    int32_t id = said->id[i];
+    if (mark < MARKS && id == tbr_special(tok, mark_name[mark])) {
+      tokens_bytes(&plain, tok, mark_name[mark], strlen(mark_name[mark]));
+      mark++;
+    } else {
+      tokens_add(&plain, id);
+      if (mark == THINK) mark = MARKS;
+    }
   }
-  for (size_t i = 0; i < text.n; i++)
-    if (text.s[i] == 0) text.s[i] = '\xff';
-  return text.s;
+  char *text = tbr_decode(tok, plain.id, plain.n, &length);
+  for (size_t i = 0; i < length; i++)
+    if (text[i] == 0) text[i] = '\xff';
+  free(plain.id);
+  return text;
 }
 
 char *tbr_split_answer(const TbrTokenizer *tok, const TbrTokens *said,
                        char **reflection) {
-  char *text = words_of(tok, said->id, said->n);
+  char *text = words_of(tok, said);
   char *thought = text + strspn(text, " \t\r\n");
   *reflection = NULL;
   if (strncmp(thought, "<think>", 7)) return text;
-  thought += 7;
   char *end = strstr(thought, "</think>");
   char *answer = copy_string(end ? trim(end + 8) : ""); /* if it never ends */
   if (end) *end = 0;
-  *reflection = copy_string(trim(thought));
+  *reflection = copy_string(trim(thought + 7));
   free(text);
   return answer;
 }
@@ -2480,22 +2452,16 @@ static double trainer_run(Trainer *trainer, const char *label) {
   return loss;
 }
 
-/* Writes a tokenizer, and then its model. */
-static void pair_save(const TbrModel *model, const TbrTokenizer *tok,
-                      const char *directory, const char *training) {
-  int32_t stop[2], bos = tbr_special(tok, mark_name[BOS]);
-  stops_of(tok, stop);
-  if (bos < 0) bos = stop[1];
-  tbr_tokenizer_save(tok, directory);
-  tbr_model_save(model, directory, bos, stop[0], training);
-}
-
-/* Writes log, tokenizer and at last the model, which says that all is done. */
+/* Writes tokenizer, log and at last the model, which says that all is done. */
 static void trainer_finish(const Trainer *trainer, const TbrTokenizer *tok) {
   const char *directory = trainer->directory;
   char *state = path_in(directory, state_file);
+  int32_t stop[2], bos = tbr_special(tok, mark_name[BOS]);
+  tbr_tokenizer_save(tok, directory);
   write_in(directory, "log.csv", trainer->log.s, trainer->log.n);
-  pair_save(trainer->model, tok, directory, trainer->mark);
+  stops_of(tok, stop);
+  if (bos < 0) bos = stop[1];
+  tbr_model_save(trainer->model, directory, bos, stop[0], trainer->mark);
   remove(state);
   free(state);
 }
@@ -2947,8 +2913,13 @@ static TbrTokens *prompts_of(const TbrModel *model, const TbrTokenizer *tok,
                              const TbrExamples *prompts, const char *request,
                              size_t *cut) {
   size_t room = model->config.context - 1;
+  Dialogue empty = dialogue_of(tok, "", NULL, NULL);
+  size_t least = dialogue_length(tok, &empty, empty.ask);
+  size_t end = least - dialogue_length(tok, &empty, empty.prompt);
+  buf_free(&empty.text);
+  if (room < least + 4)
+    tbr_fail("a context of %zu tokens is too short for a dialogue", room + 1);
   TbrTokens *tokens = mem_new(prompts->n, sizeof *tokens);
-  TbrTokens behind = behind_prompt(tok, room);
   *cut = 0;
   for (size_t i = 0; i < prompts->n; i++) {
     TbrTokens *prompt = &tokens[i];
@@ -2957,12 +2928,11 @@ static TbrTokens *prompts_of(const TbrModel *model, const TbrTokenizer *tok,
     *prompt = tbr_prompt_tokens(tok, text);
     free(text);
     if (prompt->n <= room) continue;
-    memcpy(prompt->id + room - behind.n, behind.id,
-           behind.n * sizeof *behind.id);
+    memmove(prompt->id + room - end, prompt->id + prompt->n - end,
+            end * sizeof *prompt->id);
     prompt->n = room;
     ++*cut;
   }
-  free(behind.id);
   return tokens;
 }
 
@@ -3759,13 +3729,8 @@ void tbr_tokenizer_free(TbrTokenizer *tok) {
   free(tok);
 }
 
-static const char *tokenizer_template(const TbrTokenizer *tok) {
-  return tok->chat_template;
-}
-
-static void tokenizer_set_template(TbrTokenizer *tok, char *text) {
-  free(tok->chat_template);
-  tok->chat_template = text;
+static char **chat_template_of(const TbrTokenizer *tok) {
+  return (char **)&tok->chat_template;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *tok) { return tok->n; }
@@ -4250,28 +4215,22 @@ static TbrTokenizer *load_bin(const char *path) {
   return tok;
 }
 
-/* The chat template in a directory (fresh), of several the one that is named
- * default; NULL if there is none or it is tbr's own. */
+/* The chat template in a directory (fresh), of several the default one; NULL if
+ * there is none, or it is tbr's own. */
 static char *chat_template_read(const char *directory) {
   char *jinja = path_in(directory, "chat_template.jinja");
-  char *config = path_in(directory, "tokenizer_config.json");
-  char *text = NULL;
-  Json *root = NULL;
-  if (file_exists(jinja))
-    text = read_file(jinja, NULL);
-  else if (file_exists(config))
-    root = json_read(config);
-  const Json *found = json_get(root, "chat_template");
-  if (found && found->kind == JSON_ARRAY) {
-    found = found->child;
-    while (found && strcmp(json_string(found, "name", ""), "default"))
-      found = found->next;
-    found = json_get(found, "template");
-  }
-  if (found && found->string && strcmp(found->string, chat_template))
+  char *path = path_in(directory, "tokenizer_config.json");
+  Json *config = file_exists(path) ? json_read(path) : NULL;
+  const Json *found = json_get(config, "chat_template");
+  const Json *one = json_first(config, "chat_template");
+  for (; one; one = one->next)
+    if (!strcmp(json_string(one, "name", ""), "default"))
+      found = json_get(one, "template");
+  char *text = file_exists(jinja) ? read_file(jinja, NULL) : NULL;
+  if (!text && found && found->string && strcmp(found->string, chat_template))
     text = copy_string(found->string);
-  json_free(root);
-  free(config);
+  json_free(config);
+  free(path);
   free(jinja);
   return text;
 }
@@ -5741,7 +5700,8 @@ static void progress(Progress *bar, size_t done, const char *note) {
 typedef struct {
   const char *argument; /* of a verb that has one */
   const char *general, *safety, *in, *data, *text, *prompts, *prompt;
-  const char *model, *base, *tokenizer, *out, *name, *ask, *answers, *batch;
+  const char *model, *base, *tokenizer, *out, *name, *template, *date;
+  const char *ask, *answers, *batch;
   int reflection, form, too_long, rule;
   double share, temperature, top_p;
   size_t general_rows, safety_rows, seed, limit, tokens, show, threads;
@@ -5782,6 +5742,8 @@ static const Option option[] = {
     {"model", STRING_AT(model), "sger", "directory or .bin of a model"},
     {"base", STRING_AT(base), "tm", "model to begin with"},
     {"tokenizer", STRING_AT(tokenizer), "sptgemr", "path, or the model's"},
+    {"template", STRING_AT(template), "stger", "of dialogues, not the model's"},
+    {"date", STRING, AT(date), "26 Jul 2024", "stger", "that llama3.1's says"},
     {"text", STRING_AT(text), "kp", "file of text, a document a line"},
     {"prompts", STRING_AT(prompts), "e", "file of prompts to answer"},
     {"prompt", STRING_AT(prompt), "g", "text to answer or go on from"},
@@ -5917,6 +5879,7 @@ static void verb_show(const Options *options) {
                             : tbr_tokenizer_train(" ", 1, MARKS + 256);
   TbrExamples rows = tbr_examples_read(path);
   TbrSequences s = {0};
+  tbr_tokenizer_template(tok, options->template, options->date);
   tbr_tokenizer_add_marks(tok);
   for (size_t i = 0; i < rows.n && i < options->show; i++) {
     tbr_example_sequence(&s, tok, &rows.row[i], SIZE_MAX / 2, TBR_DROP_LONG);
@@ -5945,7 +5908,8 @@ static void pair_free(Pair *pair) {
 
 /* Loads a model, for LoRA in 16 bits, and its tokenizer, which is beside it
  * unless named. */
-static Pair pair_load(const char *model, const char *tokenizer, int lora) {
+static Pair pair_load(const Options *options, const char *model,
+                      const char *tokenizer, int lora) {
   if (!*model) tbr_fail("which model? --model or --base names one");
   if (!*tokenizer && ends_with(model, ".bin"))
     tbr_fail("%s: a llama2.c file needs its tokenizer: --tokenizer FILE.bin",
@@ -5955,6 +5919,7 @@ static Pair pair_load(const char *model, const char *tokenizer, int lora) {
   if (!*tokenizer && pair.model->lora.base) tokenizer = pair.model->lora.base;
   if (!*tokenizer) tokenizer = model;
   pair.tok = tbr_tokenizer_load(tokenizer, pair.model->config.vocab);
+  tbr_tokenizer_template(pair.tok, options->template, options->date);
   return pair;
 }
 
@@ -6061,7 +6026,8 @@ static void verb_train(const Options *options) {
     tbr_fail("no examples to train on: --data names a file; `tbr data` makes "
              "one of general and safety rows");
   TbrLora lora = options->lora;
-  Pair pair = pair_load(options->base, options->tokenizer, lora.rank > 0);
+  Pair pair =
+      pair_load(options, options->base, options->tokenizer, lora.rank > 0);
   tbr_tokenizer_add_marks(pair.tok);
   size_t vocab = tbr_tokenizer_vocab(pair.tok);
   int widens = vocab > pair.model->config.vocab;
@@ -6096,10 +6062,10 @@ static TbrSampling sampling_of(const Options *options) {
 /* Prints what a model says to a prompt: as an answer where it knows the marks
  * of a dialogue, else as a text that goes on. */
 static void verb_generate(const Options *options) {
-  Pair pair = pair_load(options->model, options->tokenizer, 0);
+  Pair pair = pair_load(options, options->model, options->tokenizer, 0);
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
-  int answers = tokenizer_template(pair.tok) ||
+  int answers = *chat_template_of(pair.tok) ||
                 tbr_special(pair.tok, mark_name[ASSISTANT]) >= 0;
   if (answers)
     prompt = tbr_prompt_tokens(pair.tok, asked);
@@ -6139,7 +6105,7 @@ static char *text_of_file(const char *path) {
 /* Gives a model's own reflections to rows that have none. */
 static void reflect_by_model(const Options *options, TbrExamples *rows,
                              const char *request) {
-  Pair pair = pair_load(options->model, options->tokenizer, 0);
+  Pair pair = pair_load(options, options->model, options->tokenizer, 0);
   TbrSampling how = sampling_of(options);
   TbrExamples bare = {0};
   const char **lead = mem_new(rows->n, sizeof *lead);
@@ -6221,7 +6187,7 @@ static void print_results(TbrResults *results) {
 
 static void verb_eval(const Options *options) {
   if (!*options->prompts) tbr_fail("--prompts names the file of prompts");
-  Pair pair = pair_load(options->model, options->tokenizer, 0);
+  Pair pair = pair_load(options, options->model, options->tokenizer, 0);
   TbrExamples prompts = tbr_examples_read(options->prompts);
   TbrResults results = {0};
   Buf tag = {0};
@@ -6399,8 +6365,12 @@ static void verb_info(const Options *options) {
 }
 
 static void verb_import(const Options *options) {
-  Pair pair = pair_load(options->base, options->tokenizer, 0);
-  pair_save(pair.model, pair.tok, options->out, NULL);
+  Pair pair = pair_load(options, options->base, options->tokenizer, 0);
+  int32_t stop[2], bos = tbr_special(pair.tok, mark_name[BOS]);
+  stops_of(pair.tok, stop);
+  if (bos < 0) bos = stop[1];
+  tbr_model_save(pair.model, options->out, bos, stop[0], NULL);
+  tbr_tokenizer_save(pair.tok, options->out);
   pair_free(&pair);
 }
 

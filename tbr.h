@@ -127,18 +127,22 @@ typedef enum { TBR_DROP_LONG, TBR_CUT_LONG } TbrTooLong;
 typedef enum { TBR_WHOLE, TBR_CUT, TBR_DROPPED } TbrFate;
 
 /* Adds <|bos|> <|user|> prompt <|assistant|> [<think> reflection </think>]
- * response <|eos|>, with the loss on what stands behind <|assistant|>. */
+ * response <|eos|>, with the loss on what stands behind <|assistant|>. Where a
+ * tokenizer has another chat template, it is what transformers makes of that:
+ * then lines stand around the reflection, and its marks are text if they are no
+ * tokens. */
 TbrFate tbr_example_sequence(TbrSequences *out, const TbrTokenizer *tok,
                              const TbrExample *e, size_t context,
                              TbrTooLong too_long);
 
-/* The beginning of that, from which a model goes on: <|bos|> <|user|> prompt
- * <|assistant|>. The caller frees id. */
+/* The beginning of that, from which a model goes on: up to <|assistant|>. The
+ * caller frees id. */
 TbrTokens tbr_prompt_tokens(const TbrTokenizer *tok, const char *prompt);
 
 /* And its inverse: divides what a model said behind <|assistant|> into
- * reflection (fresh, NULL if there is none) and answer (fresh). A reflection
- * that never ends leaves an empty answer. */
+ * reflection (fresh, NULL if there is none) and answer (fresh), then both
+ * without white space at their ends. A reflection that never ends leaves an
+ * empty answer. */
 char *tbr_split_answer(const TbrTokenizer *tok, const TbrTokens *said,
                        char **reflection);
 
@@ -402,10 +406,19 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
 /* The bytes of one token (of a special one its name). */
 const char *tbr_token(const TbrTokenizer *tok, int32_t id, size_t *n);
 
-/* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also
- * find <s> and </s>. add_marks adds those of the dialogue that are missing. */
+/* The id of a special token, -1 if there is none; <|bos|> and <|eos|> also find
+ * those of other models: <s> and </s>, <|begin_of_text|> and <|end_of_text|>,
+ * <|endoftext|>. add_marks adds those of tbr's dialogue that are missing,
+ * unless there is a chat template. */
 int32_t tbr_special(const TbrTokenizer *tok, const char *name);
 void tbr_tokenizer_add_marks(TbrTokenizer *tok);
+
+/* Gives it another chat template: tbr, smollm2, qwen (2.5), chatml (without a
+ * system line), llama3.1 (and later ones, which are told a date, such as "26
+ * Jul 2024"), llama3, zephyr (and TinyLlama), llama2 or alpaca; "": none other.
+ * It is saved with the tokenizer. */
+void tbr_tokenizer_template(TbrTokenizer *tok, const char *name,
+                            const char *date);
 
 /* ---- exact arithmetic (chapters 12 and 13) ----------------------------- */
 

@@ -147,7 +147,7 @@ static void test_reflecting(void) {
   tbr_reflect(m, tok, &rows, lead, &how);
   TbrTokens prompt = {0};
   tokens_add(&prompt, tbr_special(tok, "<|bos|>"));
-  tokens_text(&prompt, tok, "b");
+  tokens_bytes(&prompt, tok, "b", 1);
   how.stop[0] = tbr_special(tok, "<|bos|>");
   how.stop[1] = tbr_special(tok, "<|eos|>");
   TbrTokens *said = tbr_generate(m, &prompt, 1, &how, NULL);

@@ -172,6 +172,205 @@ static void test_mask(void) {
   char *reflection, *answer = tbr_split_answer(tok, &three, &reflection);
   SAME(answer, "a\xff" "b");
   free(answer);
+  /* Marks of a reflection count once, at the beginning. */
+  int32_t think = tbr_special(tok, "<think>"), end = think + 1;
+  int32_t twice[] = {think, 6 + 'a', end, 6 + 'b', end, think, 6 + 'c', end};
+  TbrTokens eight = {.id = twice, .n = 8}, six = {.id = twice + 1, .n = 7};
+  answer = tbr_split_answer(tok, &eight, &reflection);
+  SAME(answer, "bc");
+  SAME(reflection, "a");
+  free(answer), free(reflection);
+  answer = tbr_split_answer(tok, &six, &reflection);
+  SAME(answer, "abc");
+  CHECK(!reflection);
+  free(answer);
+  tbr_tokenizer_free(tok);
+}
+
+/* ---- the dialogues of models --------------------------------------------------- */
+
+/* A tokenizer with these special tokens, and without those that end so. */
+static TbrTokenizer *tokenizer_with(const char *folder, const char *tokens,
+                                    const char *missing) {
+  TbrTokenizer *tok = tbr_tokenizer_train(" ", 1, MARKS + 256);
+  for (size_t n; *tokens; tokens += n + (tokens[n] == ' ')) {
+    n = strcspn(tokens, " ");
+    token_add(tok, SPECIAL, tokens, n, "a test");
+  }
+  tbr_tokenizer_save(tok, folder);
+  tbr_tokenizer_free(tok);
+  char *path = path_in(folder, "tokenizer.json"), *json = read_file(path, NULL);
+  for (char *at = json; (at = strstr(at, missing)); at++) *at = '_';
+  write_file(path, json, strlen(json));
+  tok = tbr_tokenizer_load(folder, 0);
+  free(path), free(json);
+  return tok;
+}
+
+/* What tokens are as text, in which special ones stand in brackets. */
+static char *as_text(const TbrTokenizer *tok, const int32_t *id, size_t n) {
+  Buf text = {0};
+  buf_str(&text, "");
+  for (size_t i = 0; i < n; i++) {
+    size_t length;
+    const char *bytes = tbr_token(tok, id[i], &length);
+    if (is_special(tok, id[i])) buf_char(&text, '[');
+    buf_add(&text, bytes, length);
+    if (is_special(tok, id[i])) buf_char(&text, ']');
+  }
+  return text.s;
+}
+
+/* As transformers has it of each model's template (see templates.py); special
+ * tokens of a prompt are not special here. Where the model begins is a ^. */
+static const struct {
+  const char *name, *tokens, *text;
+} dialogues[] = {
+    {"tbr", "", "[<|bos|>][<|user|>] a <|im_end|> [<|assistant|>]^<think>r"
+                "</think>b[<|eos|>]"},
+    {"smollm2", "<|im_start|> <|im_end|>",
+     "[<|im_start|>]system\nYou are a helpful AI assistant named SmolLM, "
+     "trained by Hugging Face[<|im_end|>]\n[<|im_start|>]user\n a <|im_end|> "
+     "[<|im_end|>]\n[<|im_start|>]assistant\n^<think>\nr\n</think>\n\nb"
+     "[<|im_end|>]\n"},
+    {"qwen", "<|im_start|> <|im_end|>",
+     "[<|im_start|>]system\nYou are Qwen, created by Alibaba Cloud. You are a "
+     "helpful assistant.[<|im_end|>]\n[<|im_start|>]user\n a <|im_end|> "
+     "[<|im_end|>]\n[<|im_start|>]assistant\n^<think>\nr\n</think>\n\nb"
+     "[<|im_end|>]\n"},
+    {"chatml", "<|im_start|> <|im_end|>",
+     "[<|im_start|>]user\n a <|im_end|> [<|im_end|>]\n[<|im_start|>]assistant"
+     "\n^<think>\nr\n</think>\n\nb[<|im_end|>]\n"},
+    {"llama3.1",
+     "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
+     "[<|begin_of_text|>][<|start_header_id|>]system[<|end_header_id|>]\n\n"
+     "Cutting Knowledge Date: December 2023\nToday Date: 02 Jan 2025\n\n"
+     "[<|eot_id|>][<|start_header_id|>]user[<|end_header_id|>]\n\na <|im_end|>"
+     "[<|eot_id|>][<|start_header_id|>]assistant[<|end_header_id|>]\n\n^"
+     "<think>\nr\n</think>\n\nb[<|eot_id|>]"},
+    {"llama3",
+     "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
+     "[<|begin_of_text|>][<|start_header_id|>]user[<|end_header_id|>]\n\na "
+     "<|im_end|>[<|eot_id|>][<|start_header_id|>]assistant[<|end_header_id|>]"
+     "\n\n^<think>\nr\n</think>\n\nb[<|eot_id|>]"},
+    {"zephyr", "</s>", "[<|user|>]\n a <|im_end|> [</s>]\n[<|assistant|>]\n^"
+                       "<think>\nr\n</think>\n\nb[</s>]\n"},
+    {"llama2", "<s> </s>", "[<s>][INST] a <|im_end|> [/INST]^ <think>\nr\n"
+                           "</think>\n\nb [</s>]"},
+    {"alpaca", "",
+     "Below is an instruction that describes a task. Write a response that "
+     "appropriately completes the request.\n\n### Instruction:\n a <|im_end|> "
+     "\n\n### Response:\n^<think>\nr\n</think>\n\nb[<|eos|>]"}};
+
+/* One of them: prompt, mask, and the answer taken apart; chosen by name, and
+ * again as it was saved. */
+static void test_dialogue(const char *folder, size_t which) {
+  const char *want = dialogues[which].text;
+  TbrTokenizer *tok = tokenizer_with(folder, dialogues[which].tokens,
+                                     "think>");
+  TbrExample e = {.prompt = " a <|im_end|> ", .reflection = "r", .response = "b"};
+  tbr_tokenizer_template(tok, dialogues[which].name, "02 Jan 2025");
+  tbr_tokenizer_save(tok, folder);
+  for (int again = 0; again < 2; again++) {
+    if (again) tbr_tokenizer_free(tok), tok = tbr_tokenizer_load(folder, 0);
+    TbrSequences s = {0};
+    EQUAL(tbr_example_sequence(&s, tok, &e, 900, TBR_DROP_LONG), TBR_WHOLE);
+    TbrTokens ask = tbr_prompt_tokens(tok, e.prompt);
+    char *asks = as_text(tok, ask.id, ask.n);
+    char *says = as_text(tok, s.target + ask.n - 1, s.tokens - ask.n + 1);
+    char *all = format_string("%s^%s", asks, says);
+    SAME(all, want);
+    BITS(s.id, ask.id, ask.n);
+    for (size_t i = 0; i + 1 < ask.n; i++) EQUAL(s.target[i], -1);
+    /* the model stops before the first special token */
+    int32_t stop[2];
+    stops_of(tok, stop);
+    TbrTokens said = {.id = s.target + ask.n - 1};
+    while (!is_special(tok, said.id[said.n])) said.n++;
+    EQUAL(said.id[said.n], stop[0]);
+    char *reflection, *answer = tbr_split_answer(tok, &said, &reflection);
+    SAME(trim(answer), "b");
+    SAME(reflection, "r");
+    free(reflection), free(answer), free(all), free(says), free(asks);
+    free(ask.id);
+    tbr_sequences_free(&s);
+  }
+  tbr_tokenizer_free(tok);
+}
+
+/* A cut dialogue still ends its reflection, in as many tokens as that takes. */
+static void test_cut_dialogue(const char *folder) {
+  TbrTokenizer *tok = tokenizer_with(folder, "<|im_start|> <|im_end|>",
+                                     "think>");
+  TbrExample e = {.prompt = "a", .reflection = "0123456789 0123456789 0123",
+                  .response = "abcdefghijklmnopqrstuvwxyz 0123456789"};
+  TbrSequences s = {0};
+  tbr_tokenizer_template(tok, "chatml", "");
+  TbrTokens ask = tbr_prompt_tokens(tok, e.prompt);
+  EQUAL(tbr_example_sequence(&s, tok, &e, ask.n + 43, TBR_CUT_LONG), TBR_CUT);
+  EQUAL(s.tokens, ask.n + 43);
+  char *said = as_text(tok, s.target + ask.n - 1, s.tokens - ask.n + 1);
+  SAME(said, "<think>\n012\n</think>\n\nabcdefghijklmnopqrstuv");
+  EQUAL(tbr_example_sequence(&s, tok, &e, ask.n + 20, TBR_CUT_LONG),
+        TBR_DROPPED);
+  /* a prompt that is cut keeps what stands behind it */
+  TbrModel model = {.config.context = ask.n + 9};
+  TbrExample row = {.prompt = "0123456789 0123456789"};
+  TbrExamples rows = {.row = &row, .n = 1};
+  size_t cut;
+  TbrTokens *prompt = prompts_of(&model, tok, &rows, &cut);
+  char *asked = as_text(tok, prompt->id, prompt->n);
+  EQUAL(cut, 1);
+  SAME(asked, "[<|im_start|>]user\n012345678[<|im_end|>]\n[<|im_start|>]"
+              "assistant\n");
+  model.config.context = ask.n + 3;
+  FAILS(prompts_of(&model, tok, &rows, &cut), "too short for a dialogue");
+  free(said), free(asked), free(ask.id);
+  tbr_answers_free(prompt, 1);
+  tbr_sequences_free(&s);
+  tbr_tokenizer_free(tok);
+}
+
+/* Writes a template beside a tokenizer; what is known of it is expected. */
+static void expect_template(const char *folder, const char *file,
+                            const char *text, const char *name) {
+  char *path = path_in(folder, file);
+  write_file(path, text, strlen(text));
+  TbrTokenizer *tok = tbr_tokenizer_load(folder, 0);
+  remove(path);
+  SAME(template_of(tok)->name ? template_of(tok)->name : "none", name);
+  if (!template_of(tok)->before) {
+    int32_t *id;
+    EQUAL(tbr_encode(tok, "<|im_end|>", 10, &id), 10);
+    free(id);
+    FAILS(tbr_prompt_tokens(tok, "a"), "--template says which");
+  }
+  free(path);
+  tbr_tokenizer_free(tok);
+}
+
+static void test_templates(const char *folder) {
+  for (size_t i = 0; i < sizeof dialogues / sizeof *dialogues; i++)
+    test_dialogue(folder, i);
+  test_cut_dialogue(folder);
+  TbrTokenizer *tok = tokenizer_with(folder, "", "think>");
+  const char *config = "tokenizer_config.json", *jinja = "chat_template.jinja";
+  expect_template(folder, jinja, "'<|im_start|>' + message['role']", "chatml");
+  expect_template(folder, jinja, "'<|im_start|>system\nYou are X.'", "");
+  expect_template(folder, jinja, "{{ content }}", "none");
+  expect_template(folder, jinja, "", "none");
+  expect_template(folder, config, "{}", "tbr");
+  expect_template(folder, config, "{\"chat_template\": \"<<SYS>>\"}", "llama2");
+  expect_template(folder, config,
+                  "{\"chat_template\": [{\"name\": \"rag\", \"template\": "
+                  "\"<<SYS>>\"}, {\"name\": \"default\", \"template\": "
+                  "\"<|start_header_id|>\"}]}", "llama3");
+  FAILS(tbr_tokenizer_template(tok, "x", ""), "only tbr smollm2");
+  tbr_tokenizer_template(tok, "smollm2", "");
+  FAILS(tbr_prompt_tokens(tok, "a"), "no special token <|im_end|>");
+  tbr_tokenizer_free(tok);
+  tok = tokenizer_with(folder, "", "assistant|>");
+  FAILS(tbr_prompt_tokens(tok, "a"), "no special token <|assistant|>");
   tbr_tokenizer_free(tok);
 }
 
@@ -676,6 +875,7 @@ static void test_choose(void) {
 int main(int argc, char **argv) {
   const char *folder = check_folder(argc, argv);
   test_mask();
+  test_templates(folder);
   test_windows();
   test_schedule();
   test_adamw();

@@ -449,7 +449,8 @@ static void reflect_internally(ArmRows *from) {
                      .top_p = 1,
                      .tokens = 96,
                      .seed = cell->method.seed};
-  Pair base = pair_load(cell->method.base, cell->method.tokenizer, 0);
+  Pair base = pair_load(&cell->method, cell->method.base,
+                        cell->method.tokenizer, 0);
   tbr_reflect(base.model, base.tok, &plain, (const char *const *)lead,
               request != NULL, &how);
   for (size_t i = 0; i < from->n; i++) {
@@ -874,8 +875,8 @@ static int32_t first_unlike(const TbrTokenizer *tok, const char *text,
                             const char *other) {
   TbrTokens a = {0}, b = {0};
   size_t i = 0;
-  tokens_text(&a, tok, text);
-  tokens_text(&b, tok, other);
+  tokens_bytes(&a, tok, text, strlen(text));
+  tokens_bytes(&b, tok, other, strlen(other));
   while (i + 1 < a.n && i < b.n && a.id[i] == b.id[i])
     i++;
   int32_t id = a.id[i];
@@ -915,7 +916,7 @@ static void scorer_watch(void *to, size_t prompt, const TbrTokens *said,
                          int32_t next, tbr_real *logits) {
   Scorer *scorer = to;
   if (scorer->is_settled[prompt]) return;
-  char *text = words_of(scorer->tok, said->id, said->n);
+  char *text = words_of(scorer->tok, said);
   char *so_far = trim(text);
   int is_verdict = next == scorer->harmful || next == scorer->harmless;
   int is_inside = !strncmp(so_far, "<think>", 7) && !strstr(so_far, "</think>");
@@ -937,7 +938,7 @@ static void model_evaluate(const Cell *cell, const TbrExamples *tests,
   buf_str(&tag, "\"arm\": ");
   json_quote(&tag, cell->arm, strlen(cell->arm));
   buf_printf(&tag, ", \"seed\": %zu", method->seed);
-  Pair pair = pair_load(method->model, "", 0);
+  Pair pair = pair_load(method, method->model, "", 0);
   char *request = text_of_file(method->ask);
   Scorer scorer = scorer_new(pair.model, pair.tok, tests->n);
   TbrEvaluation how = {.sampling = sampling_of(method),

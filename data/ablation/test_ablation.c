@@ -193,7 +193,7 @@ static void test_internal(const char *folder) {
   EQUAL(rows.n, 2u);
   TbrTokens prompt = {0};
   tokens_add(&prompt, tbr_special(tok, "<|bos|>"));
-  tokens_text(&prompt, tok, "b");
+  tokens_bytes(&prompt, tok, "b", 1);
   TbrSampling how = {.top_p = 1, .tokens = 96};
   how.stop[0] = tbr_special(tok, "<|bos|>");
   how.stop[1] = tbr_special(tok, "<|eos|>");
