@@ -2959,8 +2959,7 @@ static void bin_weights(TbrModel *model, const char *file) {
  * neighbouring pair of the best rank is merged until none can be. Byte-level,
  * as in GPT-2, text is first cut into words, and symbols are bytes. In pieces,
  * as in Llama 2 (SentencePiece), it is one word behind a blank, symbols are
- * characters, and bytes stand in for unknown ones. Left out: other rules, and
- * Unicode classes (what isn't ASCII is a letter).
+ * characters, and bytes stand in for unknown ones. Left out: other rules.
  * ====================================================================== */
 
 /* The slot of a key, or the free one where it would be (open addressing). */
@@ -2994,44 +2993,40 @@ static uint64_t *map_put(Map *map, uint64_t key) {
 
 /* ---- tokens and merges ------------------------------------------------- */
 
-/* Of text; a byte of an unknown character; special, so never found in text. */
-typedef enum { TEXT, BYTE, SPECIAL } TokenKind;
+/* Of text; a byte of an unknown character; special, so never found in text;
+ * added, so found in it before all others. */
+typedef enum { TEXT, BYTE, SPECIAL, ADDED } TokenKind;
 
 typedef struct {
   Buf bytes;
   TokenKind kind;
-  size_t rank;  /* of a merge that makes it: the earlier the higher; 0: none */
+  size_t place; /* in the text of a training */
   int32_t next; /* another token whose bytes have the same hash, or -1 */
 } Token;
 
-/* How a text is cut into words. */
+/* How text is cut into words: tbr's own way, like GPT-2, or like tiktoken. */
 typedef struct {
-  const char *form;  /* in tokenizer.json */
-  size_t numbers;    /* at most so many stand in a word */
-  int blank_numbers; /* a blank before numbers belongs to them */
-  int contractions;  /* 's and the like are words: 1 in small letters, 2 all */
+  const char *form; /* in tokenizer.json, as JSON with ' for " */
+  enum { SIMPLE, GPT2, TIKTOKEN } style;
+  size_t numbers; /* at most so many stand in a word */
+  int apart;      /* and nothing else does, not even a blank */
 } Cut;
-#define OWN_CUT                                                           \
-  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','" \
-  "behavi"                                                                \
-  "or':'Isolated','invert':false,'pattern':{'Regex':'"                    \
-  " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                               \
-  "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"            \
-  "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r "                     \
-  "]+'}},{'type':'ByteLevel','add_"                                       \
-  "prefix_space':false,'trim_offsets':false,'use_regex':false}]}"
-#define BYTE_LEVEL \
-  "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
-static const Cut cuts[] = {
-    {"{" OWN_CUT "}", 1, 1, 0},
-    {"{'pre_tokenizer':" BYTE_LEVEL "}", SIZE_MAX, 1, 1},
-    {"{'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
-     "dividual_digits':true}," BYTE_LEVEL "]}}",
-     1, 0, 1}};
+
+/* The files of a tokenizer, of which all but the first may be absent. */
+enum { TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE, KEPT = 5 };
+static const char *const kept_name[KEPT] = {
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "generation_config.json"};
 
 struct TbrTokenizer {
-  int pieces;     /* SentencePiece's kind, not byte-level */
-  const Cut *cut; /* where that is byte-level */
+  int pieces;        /* SentencePiece's kind, not byte-level */
+  int nfc;           /* text should be in Unicode's form NFC */
+  int ignore_merges; /* a word that is a token is no others */
+  const Cut *cut;    /* byte-level: how, and the class of all code points */
+  char *class;
+  size_t added[256]; /* the longest added token that begins with a byte */
+  Buf kept[KEPT];    /* its files, as they were read, */
+  size_t n_kept;     /* and its tokens then */
   Token *token;
   size_t n, cap, merge_cap;
   Map ids;         /* from the hash of bytes to the last token + 1 */
@@ -3057,7 +3052,8 @@ static int32_t token_add(TbrTokenizer *tok, TokenKind kind, const char *bytes,
                          size_t n, const char *path) {
   Token token = {.kind = kind};
   buf_add(&token.bytes, bytes, n);
-  TokenKind rival = SPECIAL - kind; /* TEXT and SPECIAL share no bytes */
+  TokenKind rival = kind; /* TEXT and SPECIAL share no bytes */
+  if (kind <= SPECIAL) rival = SPECIAL - kind;
   int twice = token_find(tok, kind, bytes, n) >= 0 ||
               token_find(tok, rival, bytes, n) >= 0;
   if (!n || twice || tok->n >= INT32_MAX - 1)
@@ -3081,6 +3077,9 @@ void tbr_tokenizer_free(TbrTokenizer *tok) {
   free(tok->ids.slot);
   free(tok->merge);
   free(tok->pairs.slot);
+  free(tok->class);
+  for (size_t i = 0; i < KEPT; i++)
+    buf_free(&tok->kept[i]);
   free(tok);
 }
 
@@ -3117,69 +3116,232 @@ static uint64_t pair_of(int64_t left, int64_t right) {
 static int32_t pair_left(uint64_t pair) { return (int32_t)(pair >> 32); }
 static int32_t pair_right(uint64_t pair) { return (int32_t)(uint32_t)pair - 1; }
 
-/* Appends the merge of the first `cut` bytes and the rest, unless it is there;
- * returns 0 if those or the whole are no token. In pieces, merges that make the
- * same token share a rank, so that the leftmost goes first. */
-static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut) {
+/* Appends the merge of the first `cut` bytes and the rest, which goes before
+ * those of a higher rank; returns 0 if it is there, or one is no token. */
+static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut,
+                     size_t rank) {
   int32_t left = token_find(tok, TEXT, bytes->s, cut);
   int32_t right = token_find(tok, TEXT, bytes->s + cut, bytes->n - cut);
   int32_t id = token_find(tok, TEXT, bytes->s, bytes->n);
   if (left < 0 || right < 0 || id < 0) return 0;
   uint64_t pair = pair_of(left, right);
   uint64_t *merge = map_put(&tok->pairs, pair);
-  if (*merge) return 1;
-  Token *whole = &tok->token[id];
+  if (*merge) return 0;
+  *merge = (uint64_t)(UINT32_MAX - rank) << 32 | (uint32_t)id;
   size_t merges = tok->pairs.n;
-  if (!tok->pieces || !whole->rank) whole->rank = UINT32_MAX - merges;
-  *merge = (uint64_t)whole->rank << 32 | (uint32_t)id;
   tok->merge = mem_grow(tok->merge, &tok->merge_cap, merges, sizeof pair);
   tok->merge[merges - 1] = pair;
   return 1;
 }
 
-/* ---- encoding and decoding --------------------------------------------- */
+/* ---- how tokenizer.json says it, as JSON with ' for " ---------------------
+ */
 
-/* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
-static char byte_class(char byte) {
-  unsigned c = (unsigned char)byte, letter = (c | 32) - 'a';
-  if (c == ' ' || c - '\t' < 5) return ' ';
-  if (c - '0' < 10) return '0';
-  if (c >= 0x80 || letter < 26) return 'a';
-  return '.';
-}
+#define SPLIT(regex, more)                                                \
+  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','" \
+  "behavi"                                                                \
+  "or':'Isolated','invert':false,'pattern':{'Regex':'" regex              \
+  "'}},{'type':'Byt"                                                      \
+  "eLevel','add_prefix_space':false," more "'use_regex':false}]}"
+#define SIMPLE_REGEX                                           \
+  " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                    \
+  "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+" \
+  "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+"
+#define TIKTOKEN_REGEX(numbers)                                               \
+  "(?i:\\u0027s|\\u0027t|\\u0027re|\\u0027ve|\\u0027m|\\u0027ll|\\u0027d)|[^" \
+  "\\"                                                                        \
+  "\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numbers                              \
+  "| ?[^\\\\s\\\\p{L}\\\\p{N}]+"                                              \
+  "[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
+#define BYTE_LEVEL \
+  "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
+static const Cut cuts[] = {
+    {SPLIT(SIMPLE_REGEX, ""), SIMPLE, 1, 0},
+    {"'pre_tokenizer':" BYTE_LEVEL, GPT2, SIZE_MAX, 0},
+    {"'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
+     "dividual_digits':true}," BYTE_LEVEL "]}",
+     GPT2, 1, 1},
+    {SPLIT(TIKTOKEN_REGEX("\\\\p{N}"), ""), TIKTOKEN, 1, 0},
+    {SPLIT(TIKTOKEN_REGEX("\\\\p{N}{1,3}"), ""), TIKTOKEN, 3, 0}};
+enum { CUTS = sizeof cuts / sizeof *cuts };
 
-/* The length of 's, 't, 're, 've, 'm, 'll or 'd, if a text begins with it. */
-static size_t contraction(const char *s, size_t n) {
-  static const char *const word[] = {"'s", "'t",  "'re", "'ve",
-                                     "'m", "'ll", "'d"};
-  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
-    size_t length = strlen(word[i]);
-    if (length <= n && !memcmp(s, word[i], length)) return length;
+#define BPE                                                                    \
+  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
+  "_of_word_suffix':null"
+#define MODEL_FORM BPE ",'ignore_merges':false,'byte_fallback':"
+static const char *const json_form[2] = {
+    "'normalizer':null," SPLIT(
+        SIMPLE_REGEX,
+        "'trim_offsets':false,") ",'decoder':"
+                                 "{'type':'ByteLevel','add_prefix_space':false,"
+                                 "'trim_offsets':false,'use_reg"
+                                 "ex':false}," MODEL_FORM "false",
+    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
+    ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
+    "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
+    "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb"
+    "ack'},{'type':'Fuse'},{'type':'Strip','content':' "
+    "','start':1,'stop':0}]}," MODEL_FORM "true"};
+
+/* ---- words ------------------------------------------------------------- */
+
+/* Letters, numbers and blanks of Unicode 16, what else Digits takes, and for
+ * NFC marks and doubtful characters; test/unicode_table.py says how. */
+static const char unicode_sets[] =
+    "^+=)=R$-$'$(:$B$e%'/1(*$$$_2($%%'$$)$$&$$$7$^=$_<+_W$I%$)L^1>''PNF%$^M$$2"
+    "%*%-&%$3$$A@^C.$;D,%'$(9'$,$&$:<*.(;$)4M^$Y&$5$*-23'+%%%9$*$$&'&$3$0%$&1%"
+    "-$+)'%%9$*$%$%$%B'$$6&3,$&$9$*$%$(&$5$2%:$.+%%%9$*$%$(&$A%$&2$4$$)&&$'&%$"
+    "$$%&%&&&/9$W+$&$:$3&$=&%$%%A$'+$&$:$-$(&$B%$%2%4,$&$L%$3$(&+&;)(5&;$,$$%*"
+    "^$S$%/*^$%$$$($;$$$-$%,$%($$8'C$^)+$G>(_$N7$3)''&$&%*&'0/$4I$$($%N$bS$'%*"
+    "$$$'%L$'%D$'%*$$$'%2$^#$'%^-H33^@%)&gU%4$=(^5)+*5061510$&2WF$'$^-^C*(%E$$"
+    "(^0-BTA%(.O'=Y:,X^<$^GR4+YA0%-O=GL&-G%.(N%&L'$)$%&$(`8^*aU%)%I%)%+$$$$$$$"
+    "B%X$*$$&&$*&'%)'0(&$*_%$0$30^O$'$%-$$&()$$$$$$'$.%'(('$W%^k'a$)'&%/I$$($%"
+    "[*$3:,*$*$*$*$*$*$*$*^:$e0%M((%'^@)&$^D$'(N$^H4CS3e[`mH^*hvL^-Q%aL&3-%7R3"
+    "B%^0T,%^Q%^-%%$$$+83$&$'$:@W1U^()&$$%.?-:<@*R?$3($--($L:&$+7:&$&U$$&%%(%$"
+    "$$;&%.*&/)%)%),*$*$N$1)_$@b|#/:'Tam3c;%^TI*/(($$-$0$($$$%$%$^VDc85^*%YK/_"
+    "%($_8G=)=.^C&)%)%)%&F/$=$6$%$2%1E_,cR@&TRC07$+)I-A%G'+S_O5G'G'K+W/.$2$*$%"
+    "$.$2$*$%&W/b=,9-+;)$M$,^/)%$$O$%&$%:-:,B^+6$%-9-=^0[)%^*$2'$&$@M@&@F+$?>Y"
+    "-9-605^X^3ZV0V0GI?,:a9M)%3&^%@-$+9M5Q8>:/X^#%%$0PC<=G@$%$+F&$/S1'8$$$F5$<"
+    "6%^)*$$$'$2$-*RI+%%%9$*$%$(&$5$/(A-$$%$$I$$<$$$OX5'7&AS7%$$`0RL'GS7$^%N0$"
+    "^1>H*`1O_%^*B+%$%+$%$;2$$$^H+%J3$$$?$-K*$8$.Q6$5^3`?DB,$H4$TA^Z*$%$I8$<)$"
+    "%$C1$bM62$$0$E_-$^9m-a%`<^j1^K2oQ4)<_a((g0`r$A{Wf[*B4^94A5S3'B8(6dDP`K^*_"
+    "1^5($^,0^*%$$?`eH+rLL-auN'$*$%$b)2$@&%$1'+cY^d?^U(0&,*-`c(^?$^1$%%$%%%'$/"
+    "$$$*$^+$'%+$*$?$'$($$&*$bZ%<$<$B$<$B$<$B$<$B$<$+}7B))aD^(_CP-*3$bGA5Oe?"
+    "?a"
+    "#A%$eJ*$'$%$2$`=^%^.*$r*'$>$%$$%$$-$'$$$$)$'$$$$$$&$%$$%$$$$$$$$$$%$$%'$*"
+    "$'$'$$$-$4(&$($4_hBst>C_cU)`V%`_(1`})2gW^g2f@w;_qH(_dB~S-_)%($%&v3-_7-`>-"
+    "d0-_'-')^V-_'-_'-%)^X0_$-+*^Q-^R**6^W-^J-_'-^07aK-^0-iF7l=&a.-)-9-b2-_1._"
+    "V-)-`.-^@-_7-)-o7$&))-`>V%(iM^&^89h&Au4$jG$<,1&c$'_;-A+$2C-J2lt--`4-bF)_K"
+    "-I-`>-9-^@-d*-hg,-eHP/^#4%b[>G'@$+$_7(`B-mA+<*J,^5(9)_Q%%3%Q^*,W%A&^5(^R+"
+    ";+L*bP)S-)-aUB_O-M'^Z*_7A_1-^&-_A-*7a:-c#-_'-cC-^P-)7^6/d86^G-hF-^@@`[-^0"
+    "-d:-^P8oL^YeeT-^e(-^@-_7-$*f0-aE:ixM-vX7/7^V<p=U^eB-d:-eQ-a6-iC,_1-jU^%$&"
+    "$'^6P$2mU0^lV-~,(5$^N$=$_}0$^fH.@%($R$_a-$~^bzX-hb=&~vB1$$$%_9+j'$3$&$$%^"
+    "Q$$$1$,$I$^'$3$^X$3$^X$$$1$+%^P$1$,$^N$3$*%^O$($-$*%^N%$$1$,$_#$'$2$^B%1'"
+    "^V%1'^6%>$$$^2$$%%%_W$+$$%^<$}G$-$~j>^9$C'$,$+$a:(aHB7%$$^2.[03$^OfL^<$(+"
+    "_-%$$^=$%$E&%$a<%iS$_0$_/$,$,$'$'$'$/$*)$$$'&$%$1$,$'$'$'$/$/$d.^Ld.&mGDc"
+    "At[c>_B`F0'$&/X$&%eX%^^B$f4&_>$^JCfL)^S%m^.uJgm+g8iH3n'`u[gn8s?gk7$_x-a&^"
+    "yI^eM^`xQf@";
+enum { CODES = 0x110000 };
+
+/* The classes of all code points: 'a', '0', ' ', or other signs '.'; if `nfc`,
+ * of these marks are '^', and what may not be in NFC is '!'. */
+static char *classes_of(const Cut *cut, int nfc) {
+  char name[] = "a0 .^!", *class = memset(mem_raw(CODES, 1), '.', CODES);
+  size_t set = 0, sets = nfc ? 6 : 4, code = 0, length = 0;
+  int inside = 0;
+  if (cut->apart) name[3] = '0';
+  for (const char *at = unicode_sets; *at && set < sets; at++) {
+    if (*at == '~') {
+      set++;
+      inside = 0;
+      code = 0;
+    } else if (*at > '[') {
+      length = length * 33 + (size_t)(*at - ']');
+    } else {
+      length = length * 57 + (size_t)(*at - '#');
+      if (inside) memset(class + code, name[set], length);
+      code += length;
+      inside = !inside;
+      length = 0;
+    }
   }
-  return 0;
+  if (cut->style == SIMPLE) memset(class + 0x80, 'a', CODES - 0x80);
+  return class;
 }
+
+/* The class of a text's first character, and its length; 0 at the end. */
+static char class_at(const TbrTokenizer *tok, const char *s, size_t n,
+                     size_t *length) {
+  if (n == 0) return 0;
+  uint32_t code = (unsigned char)*s;
+  size_t bytes = 1;
+  if (code >= 0x80) bytes = utf8_decode(s, n, &code);
+  *length = bytes + (bytes == 0); /* what is not UTF-8 is taken for Latin-1 */
+  char class = tok->class[code];
+  return class == '^' ? '.' : class;
+}
+
+/* The length of 's, 't, 'm, 'd, 're, 've or 'll before a text, or 0; for
+ * tiktoken in capitals as well, and with a long s. */
+static size_t contraction(const Cut *cut, const char *s, size_t n) {
+  int fold = cut->style == TIKTOKEN ? 'a' - 'A' : 0;
+  if (cut->style == SIMPLE || n < 2 || s[0] != '\'') return 0;
+  int one = s[1] | fold, two = n > 2 ? s[2] | fold : 0;
+  if (memchr("stmd", one, 4)) return 2;
+  if ((one == 'r' || one == 'v') && two == 'e') return 3;
+  if (one == 'l' && two == 'l') return 3;
+  return fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2) ? 3 : 0;
+}
+
+static int is_line_end(char byte) { return byte == '\n' || byte == '\r'; }
 
 /* The length of a text's first word. In pieces, all is one. Else it is letters,
- * numbers, or other signs, with one blank before them; or blanks, less the
- * one that goes with the next word. */
+ * numbers, or other signs, with a blank before them; or blanks, less the one
+ * before another word. tiktoken has any sign before letters, no blank before
+ * numbers, line ends behind signs, and no blanks behind line ends. */
 static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
   if (tok->pieces) return n;
   const Cut *cut = tok->cut;
-  size_t length = cut->contractions ? contraction(s, n) : 0;
-  if (length) return length;
-  char next = 0;
-  if (n > 1) next = byte_class(s[1]);
-  size_t start = s[0] == ' ' && n > 1 && next != ' ' &&
-                 (next != '0' || cut->blank_numbers);
-  char class = byte_class(s[start]);
-  size_t end = start + 1;
-  while (end < n && byte_class(s[end]) == class &&
-         (class != '0' || end - start < cut->numbers))
+  int tiktoken = cut->style == TIKTOKEN;
+  size_t end = contraction(cut, s, n), length = 0, first = 0;
+  if (end > 0) return end;
+  char class = class_at(tok, s, n, &first);
+  char next = class_at(tok, s + first, n - first, &length);
+  int joins = *s == ' ' && next && next != ' ';
+  if (next == '0' && (tiktoken || cut->apart)) joins = 0;
+  if (next == 'a' && tiktoken)
+    joins = (class == ' ' || class == '.') && !is_line_end(*s);
+  if (joins) {
+    class = next;
+    end = first;
+  }
+  /* all of that class */
+  size_t last = 0, line_end = 0, count = 0;
+  next = class_at(tok, s + end, n - end, &length);
+  while (next == class && (class != '0' || count < cut->numbers)) {
+    last = end;
+    end += length;
+    count++;
+    if (is_line_end(s[last])) line_end = end;
+    next = class_at(tok, s + end, n - end, &length);
+  }
+  while (tiktoken && class == '.' && end < n && is_line_end(s[end]))
     end++;
-  int rest = end < n && (cut->blank_numbers || byte_class(s[end]) != '0');
-  if (class == ' ' && rest && end > 1) end--;
-  return end;
+  if (class != ' ') return end;
+  if (tiktoken && line_end) return line_end;
+  if (last == 0 || !next || (next == '0' && cut->apart)) return end;
+  return last;
 }
+
+/* Fails unless text is certainly in NFC: with no doubtful character, and marks
+ * only behind a letter that doesn't take them up, or behind a lower mark. */
+static void nfc_check(const TbrTokenizer *tok, const char *s, size_t n) {
+  static const uint32_t joined[][2] = {{0x928, 0x93c},
+                                       {0x930, 0x93c},
+                                       {0x933, 0x93c},
+                                       {0xb92, 0xbd7},
+                                       {0x1025, 0x102e}};
+  uint32_t before = 0, code;
+  for (size_t at = 0, length; at < n; at += length) {
+    code = 0;
+    length = utf8_decode(s + at, n - at, &code);
+    if (!length) length = 1;
+    char class = tok->class[code], old = tok->class[before];
+    int rises = old == '^' && before <= code && before >> 7 == code >> 7;
+    int fine = rises || old == 'a' || (old == '.' && code >= 0xe00);
+    int bad = class == '!' || (class == '^' && !fine);
+    for (size_t i = 0; i < sizeof joined / sizeof *joined; i++)
+      if (before == joined[i][0] && code == joined[i][1]) bad = 1;
+    if (bad)
+      tbr_fail("\"%.*s\" (U+%04lX, byte %zu of a text) may not be in Unicode's "
+               "form NFC, which this tokenizer wants; python's unicodedata."
+               "normalize(\"NFC\", text) gives it",
+               (int)length, s + at, (unsigned long)code, at);
+    before = code;
+  }
+}
+
+/* ---- encoding and decoding --------------------------------------------- */
 
 /* The symbols of a word before any merge: bytes; in pieces characters, those
  * that are no token byte by byte. Returns how many. */
@@ -3193,58 +3355,105 @@ static size_t symbols_of(const TbrTokenizer *tok, const char *s, size_t n,
     int32_t id = token_find(tok, TEXT, s + at, length);
     if (id < 0) length = 1;
     if (id < 0) id = token_find(tok, BYTE, s + at, length);
-    if (id >= 0) to[count++] = id;
+    if (id >= 0) to[count++] = id; /* else Hugging Face drops it, too */
   }
   return count;
 }
 
-/* Merges n symbols as far as it goes; returns how many are left. There is room
- * for one more, which is none; merge holds the merge of each with the next. */
-static size_t merge_all(const Map *pairs, int32_t *id, uint64_t *merge,
-                        size_t n) {
-  id[n] = -1;
-  for (size_t i = 0; i < n; i++)
-    merge[i] = map_get(pairs, pair_of(id[i], id[i + 1]));
-  for (;;) {
-    uint64_t best = 0;
-    for (size_t i = 0; i < n; i++)
-      if (merge[i] > best) best = merge[i];
-    if (!best) return n;
-    /* the best pairs from the left, until one makes a pair of a better merge */
-    size_t to = 0;
-    for (size_t from = 0; from < n; from++, to++) {
-      id[to] = id[from];
-      merge[to] = merge[from];
-      if (merge[to] != best) continue;
-      from++;
-      id[to] = (int32_t)(best & INT32_MAX);
-      merge[to] = map_get(pairs, pair_of(id[to], id[from + 1]));
-      if (merge[to] > best) best = UINT64_MAX; /* which none has */
-      if (to == 0) continue;
-      merge[to - 1] = map_get(pairs, pair_of(id[to - 1], id[to]));
-      if (merge[to - 1] > best) best = UINT64_MAX;
-    }
-    n = to;
-    id[n] = -1;
+/* Ids, and the word at their end that is being merged: its n symbols, each with
+ * its neighbours, and a tree over them in which a node has the higher value of
+ * the two below it; the leaves have the merge of a symbol with the next. */
+typedef struct {
+  const TbrTokenizer *tok;
+  int32_t *id, *symbol;
+  size_t ids, n, leaves, cap;
+  uint64_t *tree, *next, *before;
+} Encoder;
+
+/* Enters a symbol's merge, if there is one, into the tree. */
+static void enter(const Encoder *e, size_t i) {
+  size_t node = e->leaves + i, next = e->next[i];
+  uint64_t pair = 0;
+  if (next < e->n) pair = pair_of(e->symbol[i], e->symbol[next]);
+  e->tree[node] = map_get(&e->tok->pairs, pair);
+  for (node /= 2; node > 0; node /= 2) {
+    const uint64_t *below = &e->tree[2 * node];
+    e->tree[node] = below[below[0] < below[1]];
   }
 }
 
-size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
-                  int32_t **ids) {
-  size_t room = n + 2; /* for a blank, and what ends a word */
-  uint64_t *merge = mem_raw(room, sizeof *merge);
-  *ids = mem_raw(room, sizeof **ids);
-  size_t count = 0;
+/* Merges n symbols as far as it goes, of the best pairs the leftmost first;
+ * they become the next ids. */
+static void merge_all(Encoder *e, size_t n) {
+  for (e->leaves = 1; e->leaves < n;)
+    e->leaves *= 2;
+  e->tree = mem_grow(e->tree, &e->cap, 2 * (e->leaves + n), sizeof *e->tree);
+  e->next = memset(e->tree, 0, 2 * e->leaves * sizeof *e->tree);
+  e->next += 2 * e->leaves;
+  e->before = e->next + n;
+  e->symbol = e->id + e->ids;
+  e->n = n;
+  for (size_t i = 0; i < n; i++) {
+    e->next[i] = i + 1;
+    e->before[i] = i - 1;
+    enter(e, i);
+  }
+  while (e->tree[1]) {
+    size_t node = 1;
+    while (node < e->leaves)
+      node = 2 * node + (e->tree[2 * node] != e->tree[1]);
+    size_t at = node - e->leaves, gone = e->next[at];
+    e->symbol[at] = (int32_t)(e->tree[1] & INT32_MAX);
+    e->next[at] = e->next[gone];
+    e->next[gone] = n;
+    if (e->next[at] < n) e->before[e->next[at]] = at;
+    enter(e, gone);
+    enter(e, at);
+    if (at > 0) enter(e, e->before[at]);
+  }
+  for (size_t i = 0; i < n; i = e->next[i])
+    e->id[e->ids++] = e->symbol[i];
+}
+
+/* Adds the ids of text without added tokens. */
+static void encode_words(Encoder *e, const char *text, size_t n) {
+  const TbrTokenizer *tok = e->tok;
+  if (tok->nfc) nfc_check(tok, text, n);
   for (size_t at = 0, length; at < n; at += length) {
     length = word_length(tok, text + at, n - at);
-    int32_t *word = *ids + count;
-    size_t symbols = 0;
+    int32_t *word = e->id + e->ids;
+    *word = -1;
+    if (tok->ignore_merges) *word = token_find(tok, TEXT, text + at, length);
+    size_t symbols = *word >= 0;
     if (tok->pieces) symbols = symbols_of(tok, " ", 1, word);
-    symbols += symbols_of(tok, text + at, length, word + symbols);
-    count += merge_all(&tok->pairs, word, merge, symbols);
+    if (*word < 0 || tok->pieces)
+      symbols += symbols_of(tok, text + at, length, word + symbols);
+    merge_all(e, symbols);
   }
-  free(merge);
-  return count;
+}
+
+/* Added tokens come first: leftmost, and then longest. */
+size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
+                  int32_t **ids) {
+  Encoder e = {.tok = tok};
+  if (n > SIZE_MAX / 4) tbr_fail("out of memory: text too long");
+  e.id = mem_raw(2 * n + 2, sizeof *e.id); /* with a blank for each part */
+  size_t start = 0;
+  for (size_t at = 0; at < n; at++) {
+    int32_t id = -1;
+    size_t length = smaller(tok->added[(unsigned char)text[at]], n - at) + 1;
+    while (id < 0 && --length > 0)
+      id = token_find(tok, ADDED, text + at, length);
+    if (id < 0) continue;
+    encode_words(&e, text + start, at - start);
+    e.id[e.ids++] = id;
+    start = at + length;
+    at = start - 1;
+  }
+  encode_words(&e, text + start, n - start);
+  free(e.tree);
+  *ids = e.id;
+  return e.ids;
 }
 
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
@@ -3255,10 +3464,11 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
   for (size_t i = 0; i < count; i++) {
     if (ids[i] < 0 || (size_t)ids[i] >= tok->n) continue;
     const Token *token = &tok->token[ids[i]];
-    int special = token->kind == SPECIAL;
-    size_t skip = fresh && token->bytes.s[0] == ' ';
-    if (!special) buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
-    fresh = special && tok->pieces;
+    int whole_text = token->kind >= SPECIAL;
+    size_t skip = fresh && !whole_text && token->bytes.s[0] == ' ';
+    if (token->kind != SPECIAL)
+      buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
+    fresh = whole_text && tok->pieces;
   }
   if (n) *n = text.n;
   return text.s;
@@ -3267,7 +3477,7 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
 /* ---- training ---------------------------------------------------------- */
 
 /* The symbols of a text's different words, before each minus how often it comes
- * (at its rank in `words`), and 0 at the end. Byte b is token MARKS + b. */
+ * (at its place in `words`), and 0 at the end. Byte b is token MARKS + b. */
 static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
   size_t used = 0, cap = 1;
@@ -3277,13 +3487,13 @@ static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
     int32_t word = token_find(words, TEXT, text + at, length);
     if (word < 0) {
       word = token_add(words, TEXT, text + at, length, "a text's words");
-      words->token[word].rank = used;
+      words->token[word].place = used;
       corpus = mem_grow(corpus, &cap, used + length + 2, sizeof *corpus);
       corpus[used++] = 0;
       for (size_t i = 0; i < length; i++)
         corpus[used++] = MARKS + (unsigned char)text[at + i];
     }
-    corpus[words->token[word].rank]--;
+    corpus[words->token[word].place]--;
   }
   corpus[used] = 0;
   tbr_tokenizer_free(words);
@@ -3318,6 +3528,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
              vocab, n, MARKS + 256, MARKS);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   tok->cut = cuts;
+  tok->class = classes_of(cuts, 0);
   tbr_tokenizer_add_marks(tok);
   for (int i = 0; i < 256; i++)
     token_add(tok, TEXT, &(char){(char)i}, 1, "a tokenizer");
@@ -3335,7 +3546,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     buf_add(&both, tok->token[right].bytes.s, tok->token[right].bytes.n);
     int32_t id = token_find(tok, TEXT, both.s, both.n);
     if (id < 0) id = token_add(tok, TEXT, both.s, both.n, "a tokenizer");
-    merge_add(tok, &both, cut);
+    merge_add(tok, &both, cut, tok->pairs.n);
     buf_free(&both);
     /* one symbol for it in all words */
     int64_t *to = corpus;
@@ -3353,22 +3564,6 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
 }
 
 /* ---- files ------------------------------------------------------------- */
-
-/* How text is treated, byte-level or in pieces, as JSON with ' for "; written
- * so and demanded so. The regex is word_length's, whatever Unicode has. */
-#define MODEL_FORM                                                             \
-  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
-  "_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
-static const char *const json_form[2] = {
-    "'normalizer':null," OWN_CUT ",'decod"
-    "er':{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'use"
-    "_regex':false}," MODEL_FORM "false",
-    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
-    ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
-    "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
-    "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb"
-    "ack'},{'type':'Fuse'},{'type':'Strip','content':' "
-    "','start':1,'stop':0}]}," MODEL_FORM "true"};
 
 /* How transformers makes a dialogue into text; JSON as it stands. */
 static const char chat_template[] =
@@ -3444,30 +3639,58 @@ static const Json *json_first(const Json *in, const char *key) {
   return list ? list->child : NULL;
 }
 
-/* Adds the tokens of tokenizer.json. Both lists must be in the order of ids, as
- * Hugging Face writes them; a special token may be in both. */
-static void json_tokens(TbrTokenizer *tok, const Json *root) {
-  const Json *text = json_first(json_get(root, "model"), "vocab");
-  const Json *special = json_first(root, "added_tokens");
-  while (text || special) {
-    double id = (double)tok->n;
-    int is_text = text && text->kind == JSON_NUMBER && text->number == id;
-    int is_special = special && json_number(special, "id", -1) == id;
-    const Json *at = text;
-    const char *name = NULL;
-    if (is_special || !text) at = special;
-    if (is_text) name = text->key;
-    if (is_special) name = json_string(special, "content", NULL);
-    int bad = !name || !*name || (is_text && strcmp(text->key, name));
-    if (bad || (is_special && !json_true(special, "special")))
-      tbr_fail("%s:%zu: ids should be whole numbers from 0 on in order, added "
-               "tokens \"special\": true; %zu is not so, or is there twice",
-               at->path, at->line, tok->n);
-    if (is_special) token_add(tok, SPECIAL, name, strlen(name), root->path);
-    if (!is_special) token_named(tok, name, strlen(name), root->path);
-    if (is_text) text = text->next;
-    if (is_special) special = special->next;
+/* The name of a token in either list of tokenizer.json. */
+static const char *json_name(const Json *token) {
+  return token->key ? token->key : json_string(token, "content", "");
+}
+
+/* Adds a token from either list. */
+static void json_token(TbrTokenizer *tok, const Json *token) {
+  const char *name = json_name(token);
+  size_t n = strlen(name), *longest = &tok->added[(unsigned char)*name];
+  if (token->key) {
+    token_named(tok, name, n, token->path);
+    return;
   }
+  int special = json_true(token, "special");
+  if (!special) {
+    json_must(token, "{'normalized':false}", "only false is");
+    if (n > *longest) *longest = n;
+  }
+  json_must(token, "{'single_word':false,'lstrip':false,'rstrip':false}",
+            "only false is");
+  token_add(tok, special ? SPECIAL : ADDED, name, n, token->path);
+}
+
+/* Adds the tokens of tokenizer.json, in whatever order they come; one that was
+ * added may be in the vocabulary as well. */
+static void json_tokens(TbrTokenizer *tok, const Json *root) {
+  const Json *list[] = {json_get(json_get(root, "model"), "vocab"),
+                        json_get(root, "added_tokens")};
+  size_t room = 0, tokens = 0, id = 0;
+  for (size_t i = 0; i < 2; i++)
+    if (list[i]) room += list[i]->length;
+  const Json **place = mem_new(room, sizeof *place);
+  for (size_t i = 0; i < 2; i++)
+    for (const Json *at = list[i] ? list[i]->child : NULL; at; at = at->next) {
+      const char *name = json_name(at);
+      double number = at->kind == JSON_NUMBER ? at->number : -1;
+      if (i > 0) number = json_number(at, "id", -1);
+      int good = whole(number, &id) && id < room && *name;
+      if (good && place[id])
+        good = i > 0 && !strcmp(json_name(place[id]), name);
+      if (!good)
+        tbr_fail("%s:%zu: ids should be whole numbers from 0 on, each once; "
+                 "that of \"%.300s\" is not so, or is there twice",
+                 at->path, at->line, name);
+      tokens += !place[id];
+      place[id] = at;
+    }
+  for (id = 0; id < tokens; id++) {
+    if (!place[id]) tbr_fail("%s: no token has the id %zu", root->path, id);
+    json_token(tok, place[id]);
+  }
+  free(place);
 }
 
 /* Adds a merge, "a b" or ["a", "b"]. */
@@ -3486,30 +3709,45 @@ static void json_merge(TbrTokenizer *tok, const Json *merge) {
   add_bytes(&bytes, tok->pieces, left, length);
   size_t cut = bytes.n;
   add_bytes(&bytes, tok->pieces, right, strlen(right));
-  if (!cut || bytes.n <= cut || !merge_add(tok, &bytes, cut))
+  if (!cut || bytes.n <= cut || !merge_add(tok, &bytes, cut, tok->pairs.n))
     tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens "
-             "that make a third; \"%.300s\" and \"%.300s\" are none",
+             "that make a third, once; \"%.300s\" and \"%.300s\" are no such",
              merge->path, merge->line, left, right);
   buf_free(&bytes);
 }
 
 static TbrTokenizer *load_json(const char *path) {
-  Json *root = json_read(path);
-  const Json *model = json_get(root, "model");
+  static const char known[] =
+      "known are the byte-level BPE of GPT-2, SmolLM2, Qwen 2 and 3, Llama 3 "
+      "and `tbr tokenizer`, and Llama 2's BPE with byte_fallback";
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
+  Buf *file = &tok->kept[TOKENIZER_JSON];
+  file->s = read_file(path, &file->n);
+  Json *root = json_parse(file->s, file->n, path, 1);
+  const Json *model = json_get(root, "model");
   tok->pieces = json_true(model, "byte_fallback");
-  for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
-    if (json_must(root, cuts[i].form, NULL)) tok->cut = &cuts[i];
-  char *form = format_string("{%s}}", json_form[tok->pieces]);
-  if (tok->cut)
-    form = copy_string("{'decoder':{'type':'ByteLevel'}," MODEL_FORM "false}}");
-  json_must(root, form,
-            "byte-level BPE as `tbr tokenizer` writes it is, and Llama 2's "
-            "BPE with byte_fallback");
+  tok->ignore_merges = json_true(model, "ignore_merges");
+  tok->nfc = json_must(root, "{'normalizer':{'type':'NFC'}}", NULL);
+  for (size_t i = 0; i < CUTS && !tok->pieces && !tok->cut; i++) {
+    char *form = format_string("{%s}", cuts[i].form);
+    const char *fail = i + 1 < CUTS ? NULL : known;
+    if (json_must(root, form, fail)) tok->cut = &cuts[i];
+    free(form);
+  }
+  char *form = format_string(
+      "{%s%s}}", tok->nfc || tok->pieces ? "" : "'normalizer':null,",
+      tok->pieces ? json_form[1] : "'decoder':{'type':'ByteLevel'}," BPE);
+  json_must(root, form, known);
+  free(form);
   json_tokens(tok, root);
   for (const Json *m = json_first(model, "merges"); m; m = m->next)
     json_merge(tok, m);
-  free(form);
+  for (unsigned i = 0; i < 256 && tok->cut; i++)
+    if (token_find(tok, TEXT, &(char){(char)i}, 1) < 0)
+      json_must(root, "{'model':{'unk_token':null}}",
+                "only null is, since not all bytes have a token");
+  if (tok->cut) tok->class = classes_of(tok->cut, tok->nfc);
+  tok->n_kept = tok->n;
   json_free(root);
   return tok;
 }
@@ -3553,7 +3791,7 @@ static TbrTokenizer *load_bin(const char *path) {
   for (size_t i = 0; i < tok->n; i++) {
     const Buf *whole = &tok->token[order[i] & UINT32_MAX].bytes;
     for (size_t cut = 1; cut < whole->n; cut++)
-      merge_add(tok, whole, cut);
+      merge_add(tok, whole, cut, i);
   }
   free(order);
   free(file);
@@ -3568,13 +3806,18 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   if (vocab && tok->n != vocab && (!json || tok->n > vocab))
     tbr_fail("%s: has %zu tokens, the model %zu (is it of another model?)",
              file, tok->n, vocab);
-  for (unsigned i = 0; i < 256; i++)
-    if ((!tok->cut || tok->cut == cuts) &&
-        token_find(tok, tok->pieces ? BYTE : TEXT, &(char){(char)i}, 1) < 0)
+  for (unsigned i = 0; i < 256 && tok->pieces; i++)
+    if (token_find(tok, BYTE, &(char){(char)i}, 1) < 0)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported",
                file, i);
   free(inside);
+  for (size_t i = 1; i < KEPT && json; i++) {
+    char *beside = path_in(path, kept_name[i]);
+    if (file_exists(beside))
+      tok->kept[i].s = read_file(beside, &tok->kept[i].n);
+    free(beside);
+  }
   return tok;
 }
 
@@ -3588,37 +3831,68 @@ static void add_token(Buf *json, const char *before, const TbrTokenizer *tok,
   buf_free(&name);
 }
 
-void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
-  Buf json = {0}, names = {0};
-  add_json(&json, "{'version':'1.0','truncation':null,'padding':null,"
-                  "'added_tokens':[");
-  const char *comma = "";
-  for (size_t i = 0; i < tok->n; i++) {
+/* Adds special tokens from id `first` on to a list that has some if `more`. */
+static void add_specials(Buf *json, const TbrTokenizer *tok, size_t first,
+                         int more) {
+  for (size_t i = first; i < tok->n; i++) {
     if (tok->token[i].kind != SPECIAL) continue;
-    buf_printf(&json, "%s\n{\"id\":%zu", comma, i);
-    add_token(&json, ",'content':", tok, (int32_t)i);
-    add_json(&json, ",'single_word':false,'lstrip':false,'rstrip':false,"
-                    "'normalized':false,'special':true}");
-    comma = ",";
+    buf_printf(json, "%s\n{\"id\":%zu", more ? "," : "", i);
+    add_token(json, ",'content':", tok, (int32_t)i);
+    add_json(json, ",'single_word':false,'lstrip':false,'rstrip':false,"
+                   "'normalized':false,'special':true}");
+    more = 1;
   }
-  add_json(&json, "],\n'post_processor':null,");
-  add_json(&json, json_form[tok->pieces]);
-  add_json(&json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
+}
+
+/* Adds tokenizer.json: as it was read, with the special tokens that came since
+ * then at the end of its list, or for a tokenizer that is none of a file. */
+static void add_tokenizer(Buf *json, const TbrTokenizer *tok) {
+  const Buf *file = &tok->kept[TOKENIZER_JSON];
+  const char *list = file->s ? strstr(file->s, "\"added_tokens\"") : NULL;
+  if (list) {
+    list += strcspn(list, "[");
+    JsonReader r = {list, file->s + file->n, list, "tokenizer.json", 1};
+    Json *added = json_value(&r, 0);
+    buf_add(json, file->s, (size_t)(r.at - 1 - file->s));
+    add_specials(json, tok, tok->n_kept, added->length > 0);
+    buf_str(json, r.at - 1);
+    json_free(added);
+    return;
+  }
+  Buf names = {0};
+  add_json(json, "{'version':'1.0','truncation':null,'padding':null,"
+                 "'added_tokens':[");
+  add_specials(json, tok, 0, 0);
+  add_json(json, "],\n'post_processor':null,");
+  add_json(json, json_form[tok->pieces]);
+  add_json(json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
   for (size_t i = 0; i < tok->n; i++) {
-    add_token(&json, i ? ",\n" : "\n", tok, (int32_t)i);
-    buf_printf(&json, ":%zu", i);
+    add_token(json, i ? ",\n" : "\n", tok, (int32_t)i);
+    buf_printf(json, ":%zu", i);
   }
-  add_json(&json, "},\n'merges':[");
+  add_json(json, "},\n'merges':[");
   for (size_t i = 0; i < tok->pairs.n; i++) {
     buf_clear(&names);
     add_name(&names, tok, pair_left(tok->merge[i]));
     buf_char(&names, ' ');
     add_name(&names, tok, pair_right(tok->merge[i]));
-    buf_str(&json, i ? ",\n" : "\n");
-    json_quote(&json, names.s, names.n);
+    buf_str(json, i ? ",\n" : "\n");
+    json_quote(json, names.s, names.n);
   }
-  buf_str(&json, "]}}\n");
+  buf_str(json, "]}}\n");
+  buf_free(&names);
+}
+
+void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
+  int new = tok->n > tok->n_kept;
   make_directory(directory);
+  for (size_t i = 0; i < KEPT; i++) {
+    const Buf *file = &tok->kept[i];
+    if (file->s && !new) write_in(directory, kept_name[i], file->s, file->n);
+  }
+  if (!new) return;
+  Buf json = {0};
+  add_tokenizer(&json, tok);
   write_in(directory, "tokenizer.json", json.s, json.n);
   /* what transformers wants to know besides */
   int32_t bos = tbr_special(tok, mark_name[BOS]);
@@ -3633,7 +3907,6 @@ void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
     buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&json, "\n}\n");
   write_in(directory, "tokenizer_config.json", json.s, json.n);
-  buf_free(&names);
   buf_free(&json);
 }
 
@@ -3954,7 +4227,7 @@ static int json_must(const Json *root, const char *form, const char *known) {
     const Json *have = json_get(root, member->key);
     if (json_holds(have, member)) continue;
     holds = 0;
-    if (!known) continue;
+    if (!known) break;
     if (!have) have = root;
     tbr_fail("%s:%zu: this \"%s\" is not supported; %s", have->path, have->line,
              member->key, known);
