@@ -3004,12 +3004,12 @@ typedef struct {
   int32_t next; /* another token whose bytes have the same hash, or -1 */
 } Token;
 
-/* How text is cut into words: tbr's own way, like GPT-2, or like tiktoken. */
+/* How text is cut into words. */
 typedef struct {
-  const char *form; /* in tokenizer.json, as JSON with ' for " */
-  enum { SIMPLE, GPT2, TIKTOKEN } style;
-  size_t numbers; /* at most so many stand in a word */
-  int apart;      /* and nothing else does, not even a blank */
+  const char *form;                              /* in tokenizer.json */
+  enum { SIMPLE, PIECES, GPT2, TIKTOKEN } style; /* SIMPLE: tbr's own */
+  size_t numbers; /* at most so many stand in a word, */
+  int apart;      /* and not even a blank with them */
 } Cut;
 
 /* The files of a tokenizer, of which all but the first may be absent. */
@@ -3018,15 +3018,18 @@ static const char *const kept_name[KEPT] = {
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "generation_config.json"};
 
+#define ADDED_TOKENS "\"added_tokens\""
+
 struct TbrTokenizer {
   int pieces;        /* SentencePiece's kind, not byte-level */
+  int blanks_inside; /* of its merges, one has a blank behind another sign */
   int nfc;           /* text should be in Unicode's form NFC */
-  int ignore_merges; /* a word that is a token is no others */
-  const Cut *cut;    /* byte-level: how, and the class of all code points */
-  char *class;
+  int ignore_merges; /* a word that is a token stays one */
+  const Cut *cut;
+  char *class;       /* byte-level: of all code points */
   size_t added[256]; /* the longest added token that begins with a byte */
-  Buf kept[KEPT];    /* its files, as they were read, */
-  size_t n_kept;     /* and its tokens then */
+  Buf kept[KEPT];    /* its files, and how many tokens they have */
+  size_t n_kept;
   Token *token;
   size_t n, cap, merge_cap;
   Map ids;         /* from the hash of bytes to the last token + 1 */
@@ -3131,62 +3134,60 @@ static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut,
   size_t merges = tok->pairs.n;
   tok->merge = mem_grow(tok->merge, &tok->merge_cap, merges, sizeof pair);
   tok->merge[merges - 1] = pair;
+  for (size_t i = 1; i < bytes->n; i++)
+    if (bytes->s[i] == ' ' && bytes->s[i - 1] != ' ') tok->blanks_inside = 1;
   return 1;
 }
 
-/* ---- how tokenizer.json says it, as JSON with ' for " ---------------------
- */
-
-#define SPLIT(regex, more)                                                \
-  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','" \
-  "behavi"                                                                \
-  "or':'Isolated','invert':false,'pattern':{'Regex':'" regex              \
-  "'}},{'type':'Byt"                                                      \
-  "eLevel','add_prefix_space':false," more "'use_regex':false}]}"
+/* How tokenizer.json says how text is cut, and the rest; JSON with ' for ". */
+#define SPLIT(regex, more)                                                     \
+  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','behav" \
+  "ior':'Isolated','invert':false,'pattern':{'Regex':'" regex "'}},{'type':'B" \
+  "yteLevel','add_prefix_space':false," more "'use_regex':false}]}"
 #define SIMPLE_REGEX                                           \
   " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                    \
   "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+" \
   "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+"
-#define TIKTOKEN_REGEX(numbers)                                               \
-  "(?i:\\u0027s|\\u0027t|\\u0027re|\\u0027ve|\\u0027m|\\u0027ll|\\u0027d)|[^" \
-  "\\"                                                                        \
-  "\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numbers                              \
-  "| ?[^\\\\s\\\\p{L}\\\\p{N}]+"                                              \
-  "[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
-#define BYTE_LEVEL \
-  "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
+#define TIKTOKEN_REGEX(numbers)                                                \
+  "(?i:\\u0027s|\\u0027t|\\u0027re|\\u0027ve|\\u0027m|\\u0027ll|\\u0027d)|[^"  \
+  "\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numbers "| ?[^\\\\s\\\\p{L}\\\\p{N" \
+  "}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
+#define LEVEL "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
 static const Cut cuts[] = {
-    {SPLIT(SIMPLE_REGEX, ""), SIMPLE, 1, 0},
-    {"'pre_tokenizer':" BYTE_LEVEL, GPT2, SIZE_MAX, 0},
-    {"'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
-     "dividual_digits':true}," BYTE_LEVEL "]}",
+    {"{" SPLIT(SIMPLE_REGEX, "") "}", SIMPLE, 1, 0},
+    {"{'pre_tokenizer':null}", PIECES, 0, 0},
+    {"{'pre_tokenizer':" LEVEL "}", GPT2, SIZE_MAX, 0},
+    {"{'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
+     "dividual_digits':true}," LEVEL "]}}",
      GPT2, 1, 1},
-    {SPLIT(TIKTOKEN_REGEX("\\\\p{N}"), ""), TIKTOKEN, 1, 0},
-    {SPLIT(TIKTOKEN_REGEX("\\\\p{N}{1,3}"), ""), TIKTOKEN, 3, 0}};
+    {"{" SPLIT(TIKTOKEN_REGEX("\\\\p{N}"), "") "}", TIKTOKEN, 1, 0},
+    {"{" SPLIT(TIKTOKEN_REGEX("\\\\p{N}{1,3}"), "") "}", TIKTOKEN, 3, 0}};
 enum { CUTS = sizeof cuts / sizeof *cuts };
-
 #define BPE                                                                    \
   "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
   "_of_word_suffix':null"
-#define MODEL_FORM BPE ",'ignore_merges':false,'byte_fallback':"
+#define BPE_BYTES BPE ",'ignore_merges':false,'byte_fallback':"
+#define LEVEL_FORM                       \
+  "{'decoder':{'type':'ByteLevel'}," BPE \
+  ",'unk_token':null,'byte_fallback':false}}"
+#define PIECES_FORM                                                            \
+  "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'" \
+  ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'" \
+  "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':" \
+  "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb" \
+  "ack'},{'type':'Fuse'},{'type':'Strip','content':' "                         \
+  "','start':1,'stop':0}]}," BPE_BYTES "true"
+#define SIMPLE_SPLIT SPLIT(SIMPLE_REGEX, "'trim_offsets':false,")
 static const char *const json_form[2] = {
-    "'normalizer':null," SPLIT(
-        SIMPLE_REGEX,
-        "'trim_offsets':false,") ",'decoder':"
-                                 "{'type':'ByteLevel','add_prefix_space':false,"
-                                 "'trim_offsets':false,'use_reg"
-                                 "ex':false}," MODEL_FORM "false",
-    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
-    ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
-    "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
-    "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb"
-    "ack'},{'type':'Fuse'},{'type':'Strip','content':' "
-    "','start':1,'stop':0}]}," MODEL_FORM "true"};
+    "'normalizer':null," SIMPLE_SPLIT ",'decoder':{'type':'ByteLevel','add_pref"
+    "ix_space':false,'trim_offsets':false,'use_regex':false}," BPE_BYTES
+    "false",
+    PIECES_FORM};
 
 /* ---- words ------------------------------------------------------------- */
 
-/* Letters, numbers and blanks of Unicode 16, what else Digits takes, and for
- * NFC marks and doubtful characters; test/unicode_table.py says how. */
+/* Letters, numbers and blanks of Unicode 16, what else Digits takes, and what
+ * may not be in NFC, written by test/unicode_table.py, which says how. */
 static const char unicode_sets[] =
     "^+=)=R$-$'$(:$B$e%'/1(*$$$_2($%%'$$)$$&$$$7$^=$_<+_W$I%$)L^1>''PNF%$^M$$2"
     "%*%-&%$3$$A@^C.$;D,%'$(9'$,$&$:<*.(;$)4M^$Y&$5$*-23'+%%%9$*$$&'&$3$0%$&1%"
@@ -3215,35 +3216,29 @@ static const char unicode_sets[] =
     "-I-`>-9-^@-d*-hg,-eHP/^#4%b[>G'@$+$_7(`B-mA+<*J,^5(9)_Q%%3%Q^*,W%A&^5(^R+"
     ";+L*bP)S-)-aUB_O-M'^Z*_7A_1-^&-_A-*7a:-c#-_'-cC-^P-)7^6/d86^G-hF-^@@`[-^0"
     "-d:-^P8oL^YeeT-^e(-^@-_7-$*f0-aE:ixM-vX7/7^V<p=U^eB-d:-eQ-a6-iC,_1-jU^%$&"
-    "$'^6P$2mU0^lV-~,(5$^N$=$_}0$^fH.@%($R$_a-$~^bzX-hb=&~vB1$$$%_9+j'$3$&$$%^"
-    "Q$$$1$,$I$^'$3$^X$3$^X$$$1$+%^P$1$,$^N$3$*%^O$($-$*%^N%$$1$,$_#$'$2$^B%1'"
-    "^V%1'^6%>$$$^2$$%%%_W$+$$%^<$}G$-$~j>^9$C'$,$+$a:(aHB7%$$^2.[03$^OfL^<$(+"
-    "_-%$$^=$%$E&%$a<%iS$_0$_/$,$,$'$'$'$/$*)$$$'&$%$1$,$'$'$'$/$/$d.^Ld.&mGDc"
-    "At[c>_B`F0'$&/X$&%eX%^^B$f4&_>$^JCfL)^S%m^.uJgm+g8iH3n'`u[gn8s?gk7$_x-a&^"
-    "yI^eM^`xQf@";
+    "$'^6P$2mU0^lV-~,(5$^N$=$_}0$^fH.@%($R$_a-$~^bzX-hb=&~j>^9$C'$,$+$a:(aH^#^"
+    "0.S83$^O^gH`K^Ld.^kOc>_B`F0'$&/X$&%eX%^^B$f4&_>$^JCfL)^S%m^.uJgm+g8iH3n'`"
+    "}>e|O_]Egk7_}5^xE^eM^`xQf@";
 enum { CODES = 0x110000 };
 
-/* The classes of all code points: 'a', '0', ' ', or other signs '.'; if `nfc`,
- * of these marks are '^', and what may not be in NFC is '!'. */
+/* The classes of all code points: 'a', '0', ' ', other signs '.', and if `nfc`
+ * '!' for what is doubtful. */
 static char *classes_of(const Cut *cut, int nfc) {
-  char name[] = "a0 .^!", *class = memset(mem_raw(CODES, 1), '.', CODES);
-  size_t set = 0, sets = nfc ? 6 : 4, code = 0, length = 0;
-  int inside = 0;
+  char name[] = "a0 .!", *class = memset(mem_raw(CODES, 1), '.', CODES);
+  size_t set = 0, inside = 0, code = 0, length = 0;
   if (cut->apart) name[3] = '0';
-  for (const char *at = unicode_sets; *at && set < sets; at++) {
-    if (*at == '~') {
-      set++;
-      inside = 0;
-      code = 0;
-    } else if (*at > '[') {
+  if (!nfc) name[4] = 0;
+  for (const char *at = unicode_sets; *at && name[set]; at++) {
+    if (*at > '[' && *at != '~') {
       length = length * 33 + (size_t)(*at - ']');
-    } else {
-      length = length * 57 + (size_t)(*at - '#');
-      if (inside) memset(class + code, name[set], length);
-      code += length;
-      inside = !inside;
-      length = 0;
+      continue;
     }
+    if (*at != '~') length = length * 57 + (size_t)(*at - '#');
+    if (inside) memset(class + code, name[set], length);
+    code = *at == '~' ? 0 : code + length;
+    inside = *at != '~' && !inside;
+    set += *at == '~';
+    length = 0;
   }
   if (cut->style == SIMPLE) memset(class + 0x80, 'a', CODES - 0x80);
   return class;
@@ -3257,51 +3252,51 @@ static char class_at(const TbrTokenizer *tok, const char *s, size_t n,
   size_t bytes = 1;
   if (code >= 0x80) bytes = utf8_decode(s, n, &code);
   *length = bytes + (bytes == 0); /* what is not UTF-8 is taken for Latin-1 */
-  char class = tok->class[code];
-  return class == '^' ? '.' : class;
+  return tok->class[code];
 }
 
-/* The length of 's, 't, 'm, 'd, 're, 've or 'll before a text, or 0; for
- * tiktoken in capitals as well, and with a long s. */
+/* The length of 's, 't, 'm, 'd, 're, 've or 'll at the start of a text, or 0;
+ * tiktoken takes capitals and a long s as well. */
 static size_t contraction(const Cut *cut, const char *s, size_t n) {
   int fold = cut->style == TIKTOKEN ? 'a' - 'A' : 0;
-  if (cut->style == SIMPLE || n < 2 || s[0] != '\'') return 0;
+  if (cut->style < GPT2 || n < 2 || s[0] != '\'') return 0;
   int one = s[1] | fold, two = n > 2 ? s[2] | fold : 0;
   if (memchr("stmd", one, 4)) return 2;
-  if ((one == 'r' || one == 'v') && two == 'e') return 3;
-  if (one == 'l' && two == 'l') return 3;
-  return fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2) ? 3 : 0;
+  int ends_in_e = (one == 'r' || one == 'v') && two == 'e';
+  int long_s = fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2);
+  return ends_in_e || (one == 'l' && two == 'l') || long_s ? 3 : 0;
 }
 
 static int is_line_end(char byte) { return byte == '\n' || byte == '\r'; }
 
-/* The length of a text's first word. In pieces, all is one. Else it is letters,
- * numbers, or other signs, with a blank before them; or blanks, less the one
- * before another word. tiktoken has any sign before letters, no blank before
- * numbers, line ends behind signs, and no blanks behind line ends. */
+/* The length of a text's first word. In pieces, a blank begins one, if no merge
+ * needs more. Else it is letters, numbers, or other signs, with a blank before
+ * them; or blanks, less the one before another word. tiktoken has any sign
+ * before letters, none before numbers, line ends behind signs, and ends blanks
+ * behind a line end. */
 static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
-  if (tok->pieces) return n;
+  size_t end = 1, last = 0, line_end = 0, count = 0, length = 1, first = 1;
+  if (tok->pieces) {
+    int whole = tok->blanks_inside;
+    while (end < n && (whole || s[end] != ' ' || s[end - 1] == ' '))
+      end++;
+    return end;
+  }
   const Cut *cut = tok->cut;
   int tiktoken = cut->style == TIKTOKEN;
-  size_t end = contraction(cut, s, n), length = 0, first = 0;
+  end = contraction(cut, s, n);
   if (end > 0) return end;
   char class = class_at(tok, s, n, &first);
   char next = class_at(tok, s + first, n - first, &length);
   int joins = *s == ' ' && next && next != ' ';
   if (next == '0' && (tiktoken || cut->apart)) joins = 0;
-  if (next == 'a' && tiktoken)
-    joins = (class == ' ' || class == '.') && !is_line_end(*s);
-  if (joins) {
-    class = next;
-    end = first;
-  }
-  /* all of that class */
-  size_t last = 0, line_end = 0, count = 0;
+  if (next == 'a' && tiktoken) joins = strchr(" .", class) && !is_line_end(*s);
+  if (joins) class = next;
+  if (joins) end = first;
   next = class_at(tok, s + end, n - end, &length);
-  while (next == class && (class != '0' || count < cut->numbers)) {
+  for (; next == class && (class != '0' || count < cut->numbers); count++) {
     last = end;
     end += length;
-    count++;
     if (is_line_end(s[last])) line_end = end;
     next = class_at(tok, s + end, n - end, &length);
   }
@@ -3311,34 +3306,6 @@ static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
   if (tiktoken && line_end) return line_end;
   if (last == 0 || !next || (next == '0' && cut->apart)) return end;
   return last;
-}
-
-/* Fails unless text is certainly in NFC: with no doubtful character, and marks
- * only behind a letter that doesn't take them up, or behind a lower mark. */
-static void nfc_check(const TbrTokenizer *tok, const char *s, size_t n) {
-  static const uint32_t joined[][2] = {{0x928, 0x93c},
-                                       {0x930, 0x93c},
-                                       {0x933, 0x93c},
-                                       {0xb92, 0xbd7},
-                                       {0x1025, 0x102e}};
-  uint32_t before = 0, code;
-  for (size_t at = 0, length; at < n; at += length) {
-    code = 0;
-    length = utf8_decode(s + at, n - at, &code);
-    if (!length) length = 1;
-    char class = tok->class[code], old = tok->class[before];
-    int rises = old == '^' && before <= code && before >> 7 == code >> 7;
-    int fine = rises || old == 'a' || (old == '.' && code >= 0xe00);
-    int bad = class == '!' || (class == '^' && !fine);
-    for (size_t i = 0; i < sizeof joined / sizeof *joined; i++)
-      if (before == joined[i][0] && code == joined[i][1]) bad = 1;
-    if (bad)
-      tbr_fail("\"%.*s\" (U+%04lX, byte %zu of a text) may not be in Unicode's "
-               "form NFC, which this tokenizer wants; python's unicodedata."
-               "normalize(\"NFC\", text) gives it",
-               (int)length, s + at, (unsigned long)code, at);
-    before = code;
-  }
 }
 
 /* ---- encoding and decoding --------------------------------------------- */
@@ -3360,100 +3327,93 @@ static size_t symbols_of(const TbrTokenizer *tok, const char *s, size_t n,
   return count;
 }
 
-/* Ids, and the word at their end that is being merged: its n symbols, each with
- * its neighbours, and a tree over them in which a node has the higher value of
- * the two below it; the leaves have the merge of a symbol with the next. */
-typedef struct {
-  const TbrTokenizer *tok;
-  int32_t *id, *symbol;
-  size_t ids, n, leaves, cap;
-  uint64_t *tree, *next, *before;
-} Encoder;
-
-/* Enters a symbol's merge, if there is one, into the tree. */
-static void enter(const Encoder *e, size_t i) {
-  size_t node = e->leaves + i, next = e->next[i];
-  uint64_t pair = 0;
-  if (next < e->n) pair = pair_of(e->symbol[i], e->symbol[next]);
-  e->tree[node] = map_get(&e->tok->pairs, pair);
-  for (node /= 2; node > 0; node /= 2) {
-    const uint64_t *below = &e->tree[2 * node];
-    e->tree[node] = below[below[0] < below[1]];
+/* Merges n symbols as far as it goes; returns how many are left. There is room
+ * for one more, which is none; merge holds the merge of each with the next. */
+static size_t merge_all(const Map *pairs, int32_t *id, uint64_t *merge,
+                        size_t n) {
+  id[n] = -1;
+  for (size_t i = 0; i < n; i++)
+    merge[i] = map_get(pairs, pair_of(id[i], id[i + 1]));
+  for (;;) {
+    uint64_t best = 0;
+    for (size_t i = 0; i < n; i++)
+      if (merge[i] > best) best = merge[i];
+    if (!best) return n;
+    /* the best pairs from the left, until one makes a pair of a better merge */
+    size_t to = 0;
+    for (size_t from = 0; from < n; from++, to++) {
+      id[to] = id[from];
+      merge[to] = merge[from];
+      if (merge[to] != best) continue;
+      from++;
+      id[to] = (int32_t)(best & INT32_MAX);
+      merge[to] = map_get(pairs, pair_of(id[to], id[from + 1]));
+      if (merge[to] > best) best = UINT64_MAX; /* which none has */
+      if (to == 0) continue;
+      merge[to - 1] = map_get(pairs, pair_of(id[to - 1], id[to]));
+      if (merge[to - 1] > best) best = UINT64_MAX;
+    }
+    n = to;
+    id[n] = -1;
   }
 }
 
-/* Merges n symbols as far as it goes, of the best pairs the leftmost first;
- * they become the next ids. */
-static void merge_all(Encoder *e, size_t n) {
-  for (e->leaves = 1; e->leaves < n;)
-    e->leaves *= 2;
-  e->tree = mem_grow(e->tree, &e->cap, 2 * (e->leaves + n), sizeof *e->tree);
-  e->next = memset(e->tree, 0, 2 * e->leaves * sizeof *e->tree);
-  e->next += 2 * e->leaves;
-  e->before = e->next + n;
-  e->symbol = e->id + e->ids;
-  e->n = n;
-  for (size_t i = 0; i < n; i++) {
-    e->next[i] = i + 1;
-    e->before[i] = i - 1;
-    enter(e, i);
+/* The length of text before an added token, the leftmost and then longest,
+ * whose id is put to *id; or of all text, and -1. */
+static size_t added_ahead(const TbrTokenizer *tok, const char *s, size_t n,
+                          int32_t *id) {
+  *id = -1;
+  for (size_t at = 0; at < n; at++) {
+    size_t length = smaller(tok->added[(unsigned char)s[at]], n - at);
+    for (; length > 0; length--) {
+      *id = token_find(tok, ADDED, s + at, length);
+      if (*id >= 0) return at;
+    }
   }
-  while (e->tree[1]) {
-    size_t node = 1;
-    while (node < e->leaves)
-      node = 2 * node + (e->tree[2 * node] != e->tree[1]);
-    size_t at = node - e->leaves, gone = e->next[at];
-    e->symbol[at] = (int32_t)(e->tree[1] & INT32_MAX);
-    e->next[at] = e->next[gone];
-    e->next[gone] = n;
-    if (e->next[at] < n) e->before[e->next[at]] = at;
-    enter(e, gone);
-    enter(e, at);
-    if (at > 0) enter(e, e->before[at]);
-  }
-  for (size_t i = 0; i < n; i = e->next[i])
-    e->id[e->ids++] = e->symbol[i];
+  return n;
 }
 
-/* Adds the ids of text without added tokens. */
-static void encode_words(Encoder *e, const char *text, size_t n) {
-  const TbrTokenizer *tok = e->tok;
-  if (tok->nfc) nfc_check(tok, text, n);
-  for (size_t at = 0, length; at < n; at += length) {
-    length = word_length(tok, text + at, n - at);
-    int32_t *word = e->id + e->ids;
-    *word = -1;
-    if (tok->ignore_merges) *word = token_find(tok, TEXT, text + at, length);
-    size_t symbols = *word >= 0;
-    if (tok->pieces) symbols = symbols_of(tok, " ", 1, word);
-    if (*word < 0 || tok->pieces)
-      symbols += symbols_of(tok, text + at, length, word + symbols);
-    merge_all(e, symbols);
-  }
+/* Fails unless text is certainly in Unicode's form NFC. */
+static void nfc_check(const TbrTokenizer *tok, const char *s, size_t n) {
+  for (size_t at = 0, length; at < n; at += length)
+    if (class_at(tok, s + at, n - at, &length) == '!')
+      tbr_fail(
+          "\"%.*s\" at byte %zu of a text may not be in Unicode's form NFC, "
+          "which this tokenizer wants; composed characters are",
+          (int)length, s + at, at);
 }
 
-/* Added tokens come first: leftmost, and then longest. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids) {
-  Encoder e = {.tok = tok};
+  size_t room = 2 * n + 2; /* for blanks, and what ends a word */
   if (n > SIZE_MAX / 4) tbr_fail("out of memory: text too long");
-  e.id = mem_raw(2 * n + 2, sizeof *e.id); /* with a blank for each part */
-  size_t start = 0;
-  for (size_t at = 0; at < n; at++) {
-    int32_t id = -1;
-    size_t length = smaller(tok->added[(unsigned char)text[at]], n - at) + 1;
-    while (id < 0 && --length > 0)
-      id = token_find(tok, ADDED, text + at, length);
-    if (id < 0) continue;
-    encode_words(&e, text + start, at - start);
-    e.id[e.ids++] = id;
-    start = at + length;
-    at = start - 1;
+  if (tok->nfc) nfc_check(tok, text, n);
+  uint64_t *merge = mem_raw(room, sizeof *merge);
+  *ids = mem_raw(room, sizeof **ids);
+  size_t count = 0, stop = 0; /* where an added token is */
+  int32_t id = -1;
+  for (size_t at = 0, length; at < n; at += length) {
+    int32_t *word = *ids + count;
+    size_t symbols = 0;
+    int begins = at == stop;
+    if (begins) stop += added_ahead(tok, text + at, n - at, &id);
+    if (at == stop) {
+      (*ids)[count++] = id;
+      length = tok->token[id].bytes.n;
+      stop += length;
+      continue;
+    }
+    length = word_length(tok, text + at, stop - at);
+    int32_t whole = -1;
+    if (tok->ignore_merges) whole = token_find(tok, TEXT, text + at, length);
+    if (whole >= 0) word[symbols++] = whole;
+    if (tok->pieces && begins) symbols = symbols_of(tok, " ", 1, word);
+    if (whole < 0)
+      symbols += symbols_of(tok, text + at, length, word + symbols);
+    count += merge_all(&tok->pairs, word, merge, symbols);
   }
-  encode_words(&e, text + start, n - start);
-  free(e.tree);
-  *ids = e.id;
-  return e.ids;
+  free(merge);
+  return count;
 }
 
 char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
@@ -3639,58 +3599,55 @@ static const Json *json_first(const Json *in, const char *key) {
   return list ? list->child : NULL;
 }
 
-/* The name of a token in either list of tokenizer.json. */
-static const char *json_name(const Json *token) {
-  return token->key ? token->key : json_string(token, "content", "");
+/* Adds a token of either list of tokenizer.json at its id, below `room`; one
+ * that was added may be in the vocabulary as well. Returns whether it is new.
+ */
+static size_t json_token(TbrTokenizer *tok, const Json *at, size_t room) {
+  static const char known[] = "only false is, of tokens that were added";
+  int in_vocab = at->key != NULL;
+  const char *name = in_vocab ? at->key : json_string(at, "content", "");
+  double number = at->kind == JSON_NUMBER ? at->number : -1;
+  if (!in_vocab) number = json_number(at, "id", -1);
+  size_t id = 0, n = strlen(name);
+  int good = n > 0 && whole(number, &id) && id < room;
+  Token *token = &tok->token[good ? id : 0];
+  size_t new = !token->bytes.n;
+  int same = token->bytes.n == n && !memcmp(token->bytes.s, name, n);
+  if (!good || (!new && (in_vocab || !same)))
+    tbr_fail("%s:%zu: ids should be whole numbers from 0 on; that of \"%.300s\""
+             " is not so, or is there twice",
+             at->path, at->line, name);
+  tok->n = id;
+  if (in_vocab) {
+    token_named(tok, name, n, at->path);
+    return 1;
+  }
+  TokenKind kind = json_true(at, "special") ? SPECIAL : ADDED;
+  json_must(at, "{'single_word':false,'lstrip':false,'rstrip':false}", known);
+  if (kind == ADDED) json_must(at, "{'normalized':false}", known);
+  size_t *longest = &tok->added[(unsigned char)*name];
+  if (kind == ADDED && n > *longest) *longest = n;
+  if (new) token_add(tok, kind, name, n, at->path);
+  token->kind = kind;
+  return new;
 }
 
-/* Adds a token from either list. */
-static void json_token(TbrTokenizer *tok, const Json *token) {
-  const char *name = json_name(token);
-  size_t n = strlen(name), *longest = &tok->added[(unsigned char)*name];
-  if (token->key) {
-    token_named(tok, name, n, token->path);
-    return;
-  }
-  int special = json_true(token, "special");
-  if (!special) {
-    json_must(token, "{'normalized':false}", "only false is");
-    if (n > *longest) *longest = n;
-  }
-  json_must(token, "{'single_word':false,'lstrip':false,'rstrip':false}",
-            "only false is");
-  token_add(tok, special ? SPECIAL : ADDED, name, n, token->path);
-}
-
-/* Adds the tokens of tokenizer.json, in whatever order they come; one that was
- * added may be in the vocabulary as well. */
+/* Adds the tokens of tokenizer.json, which may come in any order. */
 static void json_tokens(TbrTokenizer *tok, const Json *root) {
-  const Json *list[] = {json_get(json_get(root, "model"), "vocab"),
-                        json_get(root, "added_tokens")};
-  size_t room = 0, tokens = 0, id = 0;
-  for (size_t i = 0; i < 2; i++)
-    if (list[i]) room += list[i]->length;
-  const Json **place = mem_new(room, sizeof *place);
-  for (size_t i = 0; i < 2; i++)
-    for (const Json *at = list[i] ? list[i]->child : NULL; at; at = at->next) {
-      const char *name = json_name(at);
-      double number = at->kind == JSON_NUMBER ? at->number : -1;
-      if (i > 0) number = json_number(at, "id", -1);
-      int good = whole(number, &id) && id < room && *name;
-      if (good && place[id])
-        good = i > 0 && !strcmp(json_name(place[id]), name);
-      if (!good)
-        tbr_fail("%s:%zu: ids should be whole numbers from 0 on, each once; "
-                 "that of \"%.300s\" is not so, or is there twice",
-                 at->path, at->line, name);
-      tokens += !place[id];
-      place[id] = at;
-    }
-  for (id = 0; id < tokens; id++) {
-    if (!place[id]) tbr_fail("%s: no token has the id %zu", root->path, id);
-    json_token(tok, place[id]);
-  }
-  free(place);
+  const Json *vocab = json_get(json_get(root, "model"), "vocab");
+  const Json *added = json_get(root, "added_tokens");
+  if (!vocab || !added || !strstr(tok->kept->s, ADDED_TOKENS))
+    tbr_fail("%s: should have \"vocab\" and " ADDED_TOKENS, root->path);
+  size_t room = vocab->length + added->length, n = 0;
+  tok->token = mem_new(room, sizeof *tok->token);
+  tok->cap = room;
+  for (const Json *at = vocab->child; at; at = at->next)
+    n += json_token(tok, at, room);
+  for (const Json *at = added->child; at; at = at->next)
+    n += json_token(tok, at, room);
+  for (tok->n = 0; tok->n < n; tok->n++)
+    if (!tok->token[tok->n].bytes.n)
+      tbr_fail("%s: no token has the id %zu", root->path, tok->n);
 }
 
 /* Adds a merge, "a b" or ["a", "b"]. */
@@ -3725,28 +3682,18 @@ static TbrTokenizer *load_json(const char *path) {
   file->s = read_file(path, &file->n);
   Json *root = json_parse(file->s, file->n, path, 1);
   const Json *model = json_get(root, "model");
-  tok->pieces = json_true(model, "byte_fallback");
   tok->ignore_merges = json_true(model, "ignore_merges");
   tok->nfc = json_must(root, "{'normalizer':{'type':'NFC'}}", NULL);
-  for (size_t i = 0; i < CUTS && !tok->pieces && !tok->cut; i++) {
-    char *form = format_string("{%s}", cuts[i].form);
-    const char *fail = i + 1 < CUTS ? NULL : known;
-    if (json_must(root, form, fail)) tok->cut = &cuts[i];
-    free(form);
-  }
-  char *form = format_string(
-      "{%s%s}}", tok->nfc || tok->pieces ? "" : "'normalizer':null,",
-      tok->pieces ? json_form[1] : "'decoder':{'type':'ByteLevel'}," BPE);
-  json_must(root, form, known);
-  free(form);
+  for (size_t i = 0; i < CUTS && !tok->cut; i++)
+    if (json_must(root, cuts[i].form, i + 1 < CUTS ? NULL : known))
+      tok->cut = &cuts[i];
+  tok->pieces = tok->cut->style == PIECES;
+  if (!tok->pieces) tok->class = classes_of(tok->cut, tok->nfc);
+  if (!tok->pieces && !tok->nfc) json_must(root, "{'normalizer':null}", known);
+  json_must(root, tok->pieces ? "{" PIECES_FORM "}}" : LEVEL_FORM, known);
   json_tokens(tok, root);
   for (const Json *m = json_first(model, "merges"); m; m = m->next)
     json_merge(tok, m);
-  for (unsigned i = 0; i < 256 && tok->cut; i++)
-    if (token_find(tok, TEXT, &(char){(char)i}, 1) < 0)
-      json_must(root, "{'model':{'unk_token':null}}",
-                "only null is, since not all bytes have a token");
-  if (tok->cut) tok->class = classes_of(tok->cut, tok->nfc);
   tok->n_kept = tok->n;
   json_free(root);
   return tok;
@@ -3767,6 +3714,7 @@ static TbrTokenizer *load_bin(const char *path) {
   char *file = read_file(path, &size);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   uint64_t *order = NULL; /* place << 32 | token */
+  tok->cut = &cuts[PIECES];
   tok->pieces = 1;
   for (size_t at = 4, length; at < size; at += 8 + length) {
     size_t id = tok->n, left = size - at;
@@ -3831,38 +3779,38 @@ static void add_token(Buf *json, const char *before, const TbrTokenizer *tok,
   buf_free(&name);
 }
 
-/* Adds special tokens from id `first` on to a list that has some if `more`. */
+/* Adds special tokens from id `first` on, with a comma before the first one. */
 static void add_specials(Buf *json, const TbrTokenizer *tok, size_t first,
-                         int more) {
+                         const char *comma) {
   for (size_t i = first; i < tok->n; i++) {
     if (tok->token[i].kind != SPECIAL) continue;
-    buf_printf(json, "%s\n{\"id\":%zu", more ? "," : "", i);
+    buf_printf(json, "%s\n{\"id\":%zu", comma, i);
     add_token(json, ",'content':", tok, (int32_t)i);
     add_json(json, ",'single_word':false,'lstrip':false,'rstrip':false,"
                    "'normalized':false,'special':true}");
-    more = 1;
+    comma = ",";
   }
 }
 
-/* Adds tokenizer.json: as it was read, with the special tokens that came since
- * then at the end of its list, or for a tokenizer that is none of a file. */
+/* Adds tokenizer.json: that which was read, with new special tokens at the end
+ * of its list, or else one of tbr's own. */
 static void add_tokenizer(Buf *json, const TbrTokenizer *tok) {
   const Buf *file = &tok->kept[TOKENIZER_JSON];
-  const char *list = file->s ? strstr(file->s, "\"added_tokens\"") : NULL;
-  if (list) {
+  if (file->s) {
+    const char *list = strstr(file->s, ADDED_TOKENS) + strlen(ADDED_TOKENS);
     list += strcspn(list, "[");
-    JsonReader r = {list, file->s + file->n, list, "tokenizer.json", 1};
-    Json *added = json_value(&r, 0);
-    buf_add(json, file->s, (size_t)(r.at - 1 - file->s));
-    add_specials(json, tok, tok->n_kept, added->length > 0);
-    buf_str(json, r.at - 1);
-    json_free(added);
+    JsonReader reader = {list, file->s + file->n, list, "tokenizer.json", 1};
+    Json *old = json_value(&reader, 0);
+    buf_add(json, file->s, (size_t)(reader.at - 1 - file->s));
+    add_specials(json, tok, tok->n_kept, old->child ? "," : "");
+    buf_str(json, reader.at - 1);
+    json_free(old);
     return;
   }
   Buf names = {0};
   add_json(json, "{'version':'1.0','truncation':null,'padding':null,"
                  "'added_tokens':[");
-  add_specials(json, tok, 0, 0);
+  add_specials(json, tok, 0, "");
   add_json(json, "],\n'post_processor':null,");
   add_json(json, json_form[tok->pieces]);
   add_json(json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
@@ -3886,14 +3834,13 @@ static void add_tokenizer(Buf *json, const TbrTokenizer *tok) {
 void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
   int new = tok->n > tok->n_kept;
   make_directory(directory);
-  for (size_t i = 0; i < KEPT; i++) {
-    const Buf *file = &tok->kept[i];
-    if (file->s && !new) write_in(directory, kept_name[i], file->s, file->n);
-  }
+  for (size_t i = 0; i < KEPT && !new; i++)
+    if (tok->kept[i].s)
+      write_in(directory, kept_name[i], tok->kept[i].s, tok->kept[i].n);
   if (!new) return;
   Buf json = {0};
   add_tokenizer(&json, tok);
-  write_in(directory, "tokenizer.json", json.s, json.n);
+  write_in(directory, kept_name[TOKENIZER_JSON], json.s, json.n);
   /* what transformers wants to know besides */
   int32_t bos = tbr_special(tok, mark_name[BOS]);
   int32_t eos = tbr_special(tok, mark_name[EOS]);
@@ -3906,7 +3853,7 @@ void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
       tbr_special(tok, mark_name[ASSISTANT]) >= 0)
     buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&json, "\n}\n");
-  write_in(directory, "tokenizer_config.json", json.s, json.n);
+  write_in(directory, kept_name[TOKENIZER_CONFIG], json.s, json.n);
   buf_free(&json);
 }
 

@@ -1,4 +1,4 @@
-/* Prints the ids of texts, for tokenizers.py: tokens TOKENIZER <TEXTS, where
+/* Prints the ids of texts, for parity_tokenizers.py: tokens TOKENIZER <TEXTS, where
  * each text is a line in JSON; a line of ids for each, behind ~ if they don't
  * decode to the text, and `refused: why` for what is refused. With a file as second argument, its whole text is encoded
  * several times, and the seconds that the fastest took are printed; with `save`

@@ -19,16 +19,11 @@ try:
 except ImportError:
     newest = unicodedata
 CODES = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-# Where marks are common; where coarse() keeps apart what is in doubt.
-# Letters that NFC joins with one of these marks stand in tbr.c, too.
-MARKS = [(0x5B0, 0x5C2), (0x64B, 0x652), (0x900, 0x109F),
-         (0x1780, 0x17DD)]
-COMMON = [(0x80, 0x590), (0x5B0, 0x5F4), (0x61B, 0x6D5), (0x900, 0x10FF),
-          (0x11C2, 0x1713), (0x1735, 0x18A8), (0x1E00, 0x1F70), (0x2002, 0x2FFF), (0x3000, 0xA66E),
-          (0xAC00, 0xF8FF), (0xFE00, 0x101FC), (0x1D400, 0x1DFFF),
-          (0x1F000, 0x10FFFF)]
-JOINED = [(0x928, 0x93C), (0x930, 0x93C), (0x933, 0x93C), (0xB92, 0xBD7),
-          (0x1025, 0x102E)]
+# Where coarse() keeps apart what is in doubt.
+COMMON = [(0x80, 0x590), (0x5D0, 0x60F), (0x61B, 0x6D5), (0x109E, 0x1100),
+          (0x11C2, 0x135C), (0x1E00, 0x1F70), (0x2002, 0x2FFF),
+          (0x3000, 0xA66E), (0xAC00, 0xF8FF), (0xFE00, 0x101FC),
+          (0x1D400, 0x1DFFF), (0x1F000, 0x10FFFF)]
 LOW, HIGH, FIRST_LOW, FIRST_HIGH = 57, 33, ord("#"), ord("]")
 
 
@@ -62,32 +57,16 @@ def runs(codes):
     return text
 
 
-def nfc_sets():
-    """Marks that are certainly in NFC behind a letter, from U+0E00 on behind
-    any sign, or behind a mark with no higher code point of the same 128; and
-    what may not be in NFC."""
+def nfc_doubts():
+    """What NFC changes, may join with what stands before it, or may move."""
     doubts = set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
-    marks = {c for c in CODES if newest.combining(chr(c))}
-    firsts = {}
     for c in CODES:
         parts = newest.decomposition(chr(c)).split()
-        if newest.normalize("NFC", chr(c)) != chr(c):
+        if newest.normalize("NFC", chr(c)) != chr(c) or newest.combining(chr(c)):
             doubts.add(c)
         elif len(parts) == 2 and parts[0][0] != "<":
-            one, two = (int(part, 16) for part in parts)
-            firsts.setdefault(two, set()).add(one)
-            marks.add(two)
-    every_first = set().union(*firsts.values())
-    is_letter = lambda c: newest.category(chr(c))[0] == "L"
-    fine = {c for c in marks - doubts - every_first
-            if any(low <= c <= high for low, high in MARKS)
-            and not any(is_letter(one) or c >= 0xE00 for one in
-                        firsts.get(c, ()) if (one, c) not in JOINED)}
-    for c in sorted(fine):  # the rarer ones that are out of order go
-        if any(newest.combining(chr(b)) > newest.combining(chr(c)) > 0
-               for b in fine if b < c and b >> 7 == c >> 7):
-            fine.discard(c)
-    return fine, coarse((doubts | marks) - fine)
+            doubts.add(int(parts[1], 16))
+    return coarse(doubts)
 
 
 def coarse(codes):
@@ -95,7 +74,7 @@ def coarse(codes):
     wide, last = set(codes), 0x80
     for c in sorted(codes):
         between = range(last + 1, c)
-        if len(between) < 4000 and not any(
+        if len(between) < 8000 and not any(
                 low < c and last < high for low, high in COMMON):
             wide.update(between)
         last = c
@@ -119,7 +98,7 @@ if __name__ == "__main__":
         if kind != "Cn":
             assert (c in sets["letters"]) == (kind[0] == "L"), hex(c)
             assert (c in sets["numbers"]) == (kind[0] == "N"), hex(c)
-    sets["marks"], sets["doubts"] = nfc_sets()
+    sets["doubts"] = nfc_doubts()
     text = ""
     for name, codes in sets.items():
         print(name, len(codes), len(runs(codes)), file=sys.stderr)
