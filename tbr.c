@@ -3602,8 +3602,7 @@ static void bin_weights(TbrModel *model, const char *file) {
  * neighbouring pair of the best rank is merged until none can be. Byte-level,
  * as in GPT-2, text is first cut into words, and symbols are bytes. In pieces,
  * as in Llama 2 (SentencePiece), it is one word behind a blank, symbols are
- * characters, and bytes stand in for unknown ones. Left out: other rules, and
- * Unicode classes (what isn't ASCII is a letter).
+ * characters, and bytes stand in for unknown ones. Left out: other rules.
  * ====================================================================== */
 
 /* The slot of a key, or the free one where it would be (open addressing). */
@@ -3637,45 +3636,44 @@ static uint64_t *map_put(Map *map, uint64_t key) {
 
 /* ---- tokens and merges ------------------------------------------------- */
 
-/* Of text; a byte of an unknown character; special, so never found in text. */
-typedef enum { TEXT, BYTE, SPECIAL } TokenKind;
+/* Of text; a byte of an unknown character; special, so never found in text;
+ * added, so found in it before all others. */
+typedef enum { TEXT, BYTE, SPECIAL, ADDED } TokenKind;
 
 typedef struct {
   Buf bytes;
   TokenKind kind;
-  size_t rank;  /* of a merge that makes it: the earlier the higher; 0: none */
+  size_t place; /* in the text of a training */
   int32_t next; /* another token whose bytes have the same hash, or -1 */
 } Token;
 
-/* How a text is cut into words. */
+/* How text is cut into words. */
 typedef struct {
-  const char *form;  /* in tokenizer.json */
-  size_t numbers;    /* at most so many stand in a word */
-  int blank_numbers; /* a blank before numbers belongs to them */
-  int contractions;  /* 's and the like are words: 1 in small letters, 2 all */
+  const char *form;                              /* in tokenizer.json */
+  enum { SIMPLE, PIECES, GPT2, TIKTOKEN } style; /* SIMPLE: tbr's own */
+  size_t numbers; /* at most so many stand in a word, */
+  int apart;      /* and not even a blank with them */
 } Cut;
-#define OWN_CUT                                                           \
-  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','" \
-  "behavi"                                                                \
-  "or':'Isolated','invert':false,'pattern':{'Regex':'"                    \
-  " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                               \
-  "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+"            \
-  "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r "                     \
-  "]+'}},{'type':'ByteLevel','add_"                                       \
-  "prefix_space':false,'trim_offsets':false,'use_regex':false}]}"
-#define BYTE_LEVEL \
-  "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
-static const Cut cuts[] = {
-    {"{" OWN_CUT "}", 1, 1, 0},
-    {"{'pre_tokenizer':" BYTE_LEVEL "}", SIZE_MAX, 1, 1},
-    {"{'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
-     "dividual_digits':true}," BYTE_LEVEL "]}}",
-     1, 0, 1}};
+
+/* The files of a tokenizer, of which all but the first may be absent. */
+enum { TOKENIZER_JSON, TOKENIZER_CONFIG, KEPT = 4 };
+static const char *const kept_name[KEPT] = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json"};
+
+#define ADDED_TOKENS "\"added_tokens\""
 
 struct TbrTokenizer {
-  int pieces;     /* SentencePiece's kind, not byte-level */
-  const Cut *cut; /* where that is byte-level */
-  char *chat_template;
+  int pieces;        /* SentencePiece's kind, not byte-level */
+  int blanks_inside; /* of its merges, one has a blank behind another sign */
+  int nfc;           /* text should be in Unicode's form NFC */
+  int ignore_merges; /* a word that is a token stays one */
+  const Cut *cut;
+  char *class;       /* byte-level: of all code points */
+  size_t added[256]; /* the longest added token that begins with a byte */
+  Buf kept[KEPT];    /* its files, and how many tokens they have */
+  size_t n_kept;
+  char *chat_template; /* NULL: none but tbr's own */
   Token *token;
   size_t n, cap, merge_cap;
   Map ids;         /* from the hash of bytes to the last token + 1 */
@@ -3701,7 +3699,8 @@ static int32_t token_add(TbrTokenizer *tok, TokenKind kind, const char *bytes,
                          size_t n, const char *path) {
   Token token = {.kind = kind};
   buf_add(&token.bytes, bytes, n);
-  TokenKind rival = SPECIAL - kind; /* TEXT and SPECIAL share no bytes */
+  TokenKind rival = kind; /* TEXT and SPECIAL share no bytes */
+  if (kind <= SPECIAL) rival = SPECIAL - kind;
   int twice = token_find(tok, kind, bytes, n) >= 0 ||
               token_find(tok, rival, bytes, n) >= 0;
   if (!n || twice || tok->n >= INT32_MAX - 1)
@@ -3726,6 +3725,9 @@ void tbr_tokenizer_free(TbrTokenizer *tok) {
   free(tok->merge);
   free(tok->pairs.slot);
   free(tok->chat_template);
+  free(tok->class);
+  for (size_t i = 0; i < KEPT; i++)
+    buf_free(&tok->kept[i]);
   free(tok);
 }
 
@@ -3772,69 +3774,196 @@ static uint64_t pair_of(int64_t left, int64_t right) {
 static int32_t pair_left(uint64_t pair) { return (int32_t)(pair >> 32); }
 static int32_t pair_right(uint64_t pair) { return (int32_t)(uint32_t)pair - 1; }
 
-/* Appends the merge of the first `cut` bytes and the rest, unless it is there;
- * returns 0 if those or the whole are no token. In pieces, merges that make the
- * same token share a rank, so that the leftmost goes first. */
-static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut) {
+/* Appends the merge of the first `cut` bytes and the rest, which goes before
+ * those of a higher rank; returns 0 if it is there, or one is no token. */
+static int merge_add(TbrTokenizer *tok, const Buf *bytes, size_t cut,
+                     size_t rank) {
   int32_t left = token_find(tok, TEXT, bytes->s, cut);
   int32_t right = token_find(tok, TEXT, bytes->s + cut, bytes->n - cut);
   int32_t id = token_find(tok, TEXT, bytes->s, bytes->n);
   if (left < 0 || right < 0 || id < 0) return 0;
   uint64_t pair = pair_of(left, right);
   uint64_t *merge = map_put(&tok->pairs, pair);
-  if (*merge) return 1;
-  Token *whole = &tok->token[id];
+  if (*merge) return 0;
+  *merge = (uint64_t)(UINT32_MAX - rank) << 32 | (uint32_t)id;
   size_t merges = tok->pairs.n;
-  if (!tok->pieces || !whole->rank) whole->rank = UINT32_MAX - merges;
-  *merge = (uint64_t)whole->rank << 32 | (uint32_t)id;
   tok->merge = mem_grow(tok->merge, &tok->merge_cap, merges, sizeof pair);
   tok->merge[merges - 1] = pair;
+  for (size_t i = 1; i < bytes->n; i++)
+    if (bytes->s[i] == ' ' && bytes->s[i - 1] != ' ') tok->blanks_inside = 1;
   return 1;
 }
 
-/* ---- encoding and decoding --------------------------------------------- */
+/* How tokenizer.json says how text is cut, and the rest; JSON with ' for ". */
+#define SPLIT(regex, more)                                                     \
+  "'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Split','behav" \
+  "ior':'Isolated','invert':false,'pattern':{'Regex':'" regex "'}},{'type':'B" \
+  "yteLevel','add_prefix_space':false," more "'use_regex':false}]}"
+#define SIMPLE_REGEX                                           \
+  " ?[^\\\\x00-@\\\\[-`{-\\\\x7F]+| ?[0-9]"                    \
+  "| ?[\\\\x00-\\\\x08\\\\x0E-\\\\x1F!-/:-@\\\\[-`{-\\\\x7F]+" \
+  "|[\\\\t-\\\\r ]+(?![^\\\\t-\\\\r ])|[\\\\t-\\\\r ]+"
+#define TIKTOKEN_REGEX(numbers)                                                \
+  "(?i:\\u0027s|\\u0027t|\\u0027re|\\u0027ve|\\u0027m|\\u0027ll|\\u0027d)|[^"  \
+  "\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|" numbers "| ?[^\\\\s\\\\p{L}\\\\p{N" \
+  "}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
+#define LEVEL "{'type':'ByteLevel','add_prefix_space':false,'use_regex':true}"
+static const Cut cuts[] = {
+    {"{" SPLIT(SIMPLE_REGEX, "") "}", SIMPLE, 1, 0},
+    {"{'pre_tokenizer':null}", PIECES, 0, 0},
+    {"{'pre_tokenizer':" LEVEL "}", GPT2, SIZE_MAX, 0},
+    {"{'pre_tokenizer':{'type':'Sequence','pretokenizers':[{'type':'Digits','in"
+     "dividual_digits':true}," LEVEL "]}}",
+     GPT2, 1, 1},
+    {"{" SPLIT(TIKTOKEN_REGEX("\\\\p{N}"), "") "}", TIKTOKEN, 1, 0},
+    {"{" SPLIT(TIKTOKEN_REGEX("\\\\p{N}{1,3}"), "") "}", TIKTOKEN, 3, 0}};
+enum { CUTS = sizeof cuts / sizeof *cuts };
+#define BPE                                                                    \
+  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
+  "_of_word_suffix':null"
+#define BPE_BYTES BPE ",'ignore_merges':false,'byte_fallback':"
+#define LEVEL_FORM                       \
+  "{'decoder':{'type':'ByteLevel'}," BPE \
+  ",'unk_token':null,'byte_fallback':false}}"
+#define PIECES_FORM                                                            \
+  "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'" \
+  ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'" \
+  "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':" \
+  "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb" \
+  "ack'},{'type':'Fuse'},{'type':'Strip','content':' "                         \
+  "','start':1,'stop':0}]}," BPE_BYTES "true"
+#define SIMPLE_SPLIT SPLIT(SIMPLE_REGEX, "'trim_offsets':false,")
+static const char *const json_form[2] = {
+    "'normalizer':null," SIMPLE_SPLIT ",'decoder':{'type':'ByteLevel','add_pref"
+    "ix_space':false,'trim_offsets':false,'use_regex':false}," BPE_BYTES
+    "false",
+    PIECES_FORM};
 
-/* Blanks, digits, letters, other signs: ' ', '0', 'a', '.'. */
-static char byte_class(char byte) {
-  unsigned c = (unsigned char)byte, letter = (c | 32) - 'a';
-  if (c == ' ' || c - '\t' < 5) return ' ';
-  if (c - '0' < 10) return '0';
-  if (c >= 0x80 || letter < 26) return 'a';
-  return '.';
-}
+/* ---- words ------------------------------------------------------------- */
 
-/* The length of 's, 't, 're, 've, 'm, 'll or 'd, if a text begins with it. */
-static size_t contraction(const char *s, size_t n) {
-  static const char *const word[] = {"'s", "'t",  "'re", "'ve",
-                                     "'m", "'ll", "'d"};
-  for (size_t i = 0; i < sizeof word / sizeof *word; i++) {
-    size_t length = strlen(word[i]);
-    if (length <= n && !memcmp(s, word[i], length)) return length;
+/* Letters, numbers and blanks of Unicode 16, what else Digits takes, and what
+ * may not be in NFC, written by test/unicode_table.py, which says how. */
+static const char unicode_sets[] =
+    "^+=)=R$-$'$(:$B$e%'/1(*$$$_2($%%'$$)$$&$$$7$^=$_<+_W$I%$)L^1>''PNF%$^M$$2"
+    "%*%-&%$3$$A@^C.$;D,%'$(9'$,$&$:<*.(;$)4M^$Y&$5$*-23'+%%%9$*$$&'&$3$0%$&1%"
+    "-$+)'%%9$*$%$%$%B'$$6&3,$&$9$*$%$(&$5$2%:$.+%%%9$*$%$(&$A%$&2$4$$)&&$'&%$"
+    "$$%&%&&&/9$W+$&$:$3&$=&%$%%A$'+$&$:$-$(&$B%$%2%4,$&$L%$3$(&+&;)(5&;$,$$%*"
+    "^$S$%/*^$%$$$($;$$$-$%,$%($$8'C$^)+$G>(_$N7$3)''&$&%*&'0/$4I$$($%N$bS$'%*"
+    "$$$'%L$'%D$'%*$$$'%2$^#$'%^-H33^@%)&gU%4$=(^5)+*5061510$&2WF$'$^-^C*(%E$$"
+    "(^0-BTA%(.O'=Y:,X^<$^GR4+YA0%-O=GL&-G%.(N%&L'$)$%&$(`8^*aU%)%I%)%+$$$$$$$"
+    "B%X$*$$&&$*&'%)'0(&$*_%$0$30^O$'$%-$$&()$$$$$$'$.%'(('$W%^k'a$)'&%/I$$($%"
+    "[*$3:,*$*$*$*$*$*$*$*^:$e0%M((%'^@)&$^D$'(N$^H4CS3e[`mH^*hvL^-Q%aL&3-%7R3"
+    "B%^0T,%^Q%^-%%$$$+83$&$'$:@W1U^()&$$%.?-:<@*R?$3($--($L:&$+7:&$&U$$&%%(%$"
+    "$$;&%.*&/)%)%),*$*$N$1)_$@b|#/:'Tam3c;%^TI*/(($$-$0$($$$%$%$^VDc85^*%YK/_"
+    "%($_8G=)=.^C&)%)%)%&F/$=$6$%$2%1E_,cR@&TRC07$+)I-A%G'+S_O5G'G'K+W/.$2$*$%"
+    "$.$2$*$%&W/b=,9-+;)$M$,^/)%$$O$%&$%:-:,B^+6$%-9-=^0[)%^*$2'$&$@M@&@F+$?>Y"
+    "-9-605^X^3ZV0V0GI?,:a9M)%3&^%@-$+9M5Q8>:/X^#%%$0PC<=G@$%$+F&$/S1'8$$$F5$<"
+    "6%^)*$$$'$2$-*RI+%%%9$*$%$(&$5$/(A-$$%$$I$$<$$$OX5'7&AS7%$$`0RL'GS7$^%N0$"
+    "^1>H*`1O_%^*B+%$%+$%$;2$$$^H+%J3$$$?$-K*$8$.Q6$5^3`?DB,$H4$TA^Z*$%$I8$<)$"
+    "%$C1$bM62$$0$E_-$^9m-a%`<^j1^K2oQ4)<_a((g0`r$A{Wf[*B4^94A5S3'B8(6dDP`K^*_"
+    "1^5($^,0^*%$$?`eH+rLL-auN'$*$%$b)2$@&%$1'+cY^d?^U(0&,*-`c(^?$^1$%%$%%%'$/"
+    "$$$*$^+$'%+$*$?$'$($$&*$bZ%<$<$B$<$B$<$B$<$B$<$+}7B))aD^(_CP-*3$bGA5Oe?"
+    "?a"
+    "#A%$eJ*$'$%$2$`=^%^.*$r*'$>$%$$%$$-$'$$$$)$'$$$$$$&$%$$%$$$$$$$$$$%$$%'$*"
+    "$'$'$$$-$4(&$($4_hBst>C_cU)`V%`_(1`})2gW^g2f@w;_qH(_dB~S-_)%($%&v3-_7-`>-"
+    "d0-_'-')^V-_'-_'-%)^X0_$-+*^Q-^R**6^W-^J-_'-^07aK-^0-iF7l=&a.-)-9-b2-_1._"
+    "V-)-`.-^@-_7-)-o7$&))-`>V%(iM^&^89h&Au4$jG$<,1&c$'_;-A+$2C-J2lt--`4-bF)_K"
+    "-I-`>-9-^@-d*-hg,-eHP/^#4%b[>G'@$+$_7(`B-mA+<*J,^5(9)_Q%%3%Q^*,W%A&^5(^R+"
+    ";+L*bP)S-)-aUB_O-M'^Z*_7A_1-^&-_A-*7a:-c#-_'-cC-^P-)7^6/d86^G-hF-^@@`[-^0"
+    "-d:-^P8oL^YeeT-^e(-^@-_7-$*f0-aE:ixM-vX7/7^V<p=U^eB-d:-eQ-a6-iC,_1-jU^%$&"
+    "$'^6P$2mU0^lV-~,(5$^N$=$_}0$^fH.@%($R$_a-$~^bzX-hb=&~j>^9$C'$,$+$a:(aH^#^"
+    "0.S83$^O^gH`K^Ld.^kOc>_B`F0'$&/X$&%eX%^^B$f4&_>$^JCfL)^S%m^.uJgm+g8iH3n'`"
+    "}>e|O_]Egk7_}5^xE^eM^`xQf@";
+enum { CODES = 0x110000 };
+
+/* The classes of all code points: 'a', '0', ' ', other signs '.', and if `nfc`
+ * '!' for what is doubtful. */
+static char *classes_of(const Cut *cut, int nfc) {
+  char name[] = "a0 .!", *class = memset(mem_raw(CODES, 1), '.', CODES);
+  size_t set = 0, inside = 0, code = 0, length = 0;
+  if (cut->apart) name[3] = '0';
+  if (!nfc) name[4] = 0;
+  for (const char *at = unicode_sets; *at && name[set]; at++) {
+    if (*at > '[' && *at != '~') {
+      length = length * 33 + (size_t)(*at - ']');
+      continue;
+    }
+    if (*at != '~') length = length * 57 + (size_t)(*at - '#');
+    if (inside) memset(class + code, name[set], length);
+    code = *at == '~' ? 0 : code + length;
+    inside = *at != '~' && !inside;
+    set += *at == '~';
+    length = 0;
   }
-  return 0;
+  if (cut->style == SIMPLE) memset(class + 0x80, 'a', CODES - 0x80);
+  return class;
 }
 
-/* The length of a text's first word. In pieces, all is one. Else it is letters,
- * numbers, or other signs, with one blank before them; or blanks, less the
- * one that goes with the next word. */
-static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
-  if (tok->pieces) return n;
-  const Cut *cut = tok->cut;
-  size_t length = cut->contractions ? contraction(s, n) : 0;
-  if (length) return length;
-  char next = 0;
-  if (n > 1) next = byte_class(s[1]);
-  size_t start = s[0] == ' ' && n > 1 && next != ' ' &&
-                 (next != '0' || cut->blank_numbers);
-  char class = byte_class(s[start]);
-  size_t end = start + 1;
-  while (end < n && byte_class(s[end]) == class &&
-         (class != '0' || end - start < cut->numbers))
-    end++;
-  int rest = end < n && (cut->blank_numbers || byte_class(s[end]) != '0');
-  if (class == ' ' && rest && end > 1) end--;
-  return end;
+/* The class of a text's first character, and its length; 0 at the end. */
+static char class_at(const TbrTokenizer *tok, const char *s, size_t n,
+                     size_t *length) {
+  if (n == 0) return 0;
+  uint32_t code = (unsigned char)*s;
+  size_t bytes = 1;
+  if (code >= 0x80) bytes = utf8_decode(s, n, &code);
+  *length = bytes + (bytes == 0); /* what is not UTF-8 is taken for Latin-1 */
+  return tok->class[code];
 }
+
+/* The length of 's, 't, 'm, 'd, 're, 've or 'll at the start of a text, or 0;
+ * tiktoken takes capitals and a long s as well. */
+static size_t contraction(const Cut *cut, const char *s, size_t n) {
+  int fold = cut->style == TIKTOKEN ? 'a' - 'A' : 0;
+  if (cut->style < GPT2 || n < 2 || s[0] != '\'') return 0;
+  int one = s[1] | fold, two = n > 2 ? s[2] | fold : 0;
+  if (memchr("stmd", one, 4)) return 2;
+  int ends_in_e = (one == 'r' || one == 'v') && two == 'e';
+  int long_s = fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2);
+  return ends_in_e || (one == 'l' && two == 'l') || long_s ? 3 : 0;
+}
+
+static int is_line_end(char byte) { return byte == '\n' || byte == '\r'; }
+
+/* The length of a text's first word. In pieces, a blank begins one, if no merge
+ * needs more. Else it is letters, numbers, or other signs, with a blank before
+ * them; or blanks, less the one before another word. tiktoken has any sign
+ * before letters, none before numbers, line ends behind signs, and ends blanks
+ * behind a line end. */
+static size_t word_length(const TbrTokenizer *tok, const char *s, size_t n) {
+  size_t end = 1, last = 0, line_end = 0, count = 0, length = 1, first = 1;
+  if (tok->pieces) {
+    int whole = tok->blanks_inside;
+    while (end < n && (whole || s[end] != ' ' || s[end - 1] == ' '))
+      end++;
+    return end;
+  }
+  const Cut *cut = tok->cut;
+  int tiktoken = cut->style == TIKTOKEN;
+  end = contraction(cut, s, n);
+  if (end > 0) return end;
+  char class = class_at(tok, s, n, &first);
+  char next = class_at(tok, s + first, n - first, &length);
+  int joins = *s == ' ' && next && next != ' ';
+  if (next == '0' && (tiktoken || cut->apart)) joins = 0;
+  if (next == 'a' && tiktoken) joins = strchr(" .", class) && !is_line_end(*s);
+  if (joins) class = next;
+  if (joins) end = first;
+  next = class_at(tok, s + end, n - end, &length);
+  for (; next == class && (class != '0' || count < cut->numbers); count++) {
+    last = end;
+    end += length;
+    if (is_line_end(s[last])) line_end = end;
+    next = class_at(tok, s + end, n - end, &length);
+  }
+  while (tiktoken && class == '.' && end < n && is_line_end(s[end]))
+    end++;
+  if (class != ' ') return end;
+  if (tiktoken && line_end) return line_end;
+  if (last == 0 || !next || (next == '0' && cut->apart)) return end;
+  return last;
+}
+
+/* ---- encoding and decoding --------------------------------------------- */
 
 /* The symbols of a word before any merge: bytes; in pieces characters, those
  * that are no token byte by byte. Returns how many. */
@@ -3848,7 +3977,7 @@ static size_t symbols_of(const TbrTokenizer *tok, const char *s, size_t n,
     int32_t id = token_find(tok, TEXT, s + at, length);
     if (id < 0) length = 1;
     if (id < 0) id = token_find(tok, BYTE, s + at, length);
-    if (id >= 0) to[count++] = id;
+    if (id >= 0) to[count++] = id; /* else Hugging Face drops it, too */
   }
   return count;
 }
@@ -3884,18 +4013,58 @@ static size_t merge_all(const Map *pairs, int32_t *id, uint64_t *merge,
   }
 }
 
+/* The length of text before an added token, the leftmost and then longest,
+ * whose id is put to *id; or of all text, and -1. */
+static size_t added_ahead(const TbrTokenizer *tok, const char *s, size_t n,
+                          int32_t *id) {
+  *id = -1;
+  for (size_t at = 0; at < n; at++) {
+    size_t length = smaller(tok->added[(unsigned char)s[at]], n - at);
+    for (; length > 0; length--) {
+      *id = token_find(tok, ADDED, s + at, length);
+      if (*id >= 0) return at;
+    }
+  }
+  return n;
+}
+
+/* Fails unless text is certainly in Unicode's form NFC. */
+static void nfc_check(const TbrTokenizer *tok, const char *s, size_t n) {
+  for (size_t at = 0, length; at < n; at += length)
+    if (class_at(tok, s + at, n - at, &length) == '!')
+      tbr_fail(
+          "\"%.*s\" at byte %zu of a text may not be in Unicode's form NFC, "
+          "which this tokenizer wants; composed characters are",
+          (int)length, s + at, at);
+}
+
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
                   int32_t **ids) {
-  size_t room = n + 2; /* for a blank, and what ends a word */
+  size_t room = 2 * n + 2; /* for blanks, and what ends a word */
+  if (n > SIZE_MAX / 4) tbr_fail("out of memory: text too long");
+  if (tok->nfc) nfc_check(tok, text, n);
   uint64_t *merge = mem_raw(room, sizeof *merge);
   *ids = mem_raw(room, sizeof **ids);
-  size_t count = 0;
+  size_t count = 0, stop = 0; /* where an added token is */
+  int32_t id = -1;
   for (size_t at = 0, length; at < n; at += length) {
-    length = word_length(tok, text + at, n - at);
     int32_t *word = *ids + count;
     size_t symbols = 0;
-    if (tok->pieces) symbols = symbols_of(tok, " ", 1, word);
-    symbols += symbols_of(tok, text + at, length, word + symbols);
+    int begins = at == stop;
+    if (begins) stop += added_ahead(tok, text + at, n - at, &id);
+    if (at == stop) {
+      (*ids)[count++] = id;
+      length = tok->token[id].bytes.n;
+      stop += length;
+      continue;
+    }
+    length = word_length(tok, text + at, stop - at);
+    int32_t whole = -1;
+    if (tok->ignore_merges) whole = token_find(tok, TEXT, text + at, length);
+    if (whole >= 0) word[symbols++] = whole;
+    if (tok->pieces && begins) symbols = symbols_of(tok, " ", 1, word);
+    if (whole < 0)
+      symbols += symbols_of(tok, text + at, length, word + symbols);
     count += merge_all(&tok->pairs, word, merge, symbols);
   }
   free(merge);
@@ -3910,10 +4079,11 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
   for (size_t i = 0; i < count; i++) {
     if (ids[i] < 0 || (size_t)ids[i] >= tok->n) continue;
     const Token *token = &tok->token[ids[i]];
-    int special = token->kind == SPECIAL;
-    size_t skip = fresh && token->bytes.s[0] == ' ';
-    if (!special) buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
-    fresh = special && tok->pieces;
+    int whole_text = token->kind >= SPECIAL;
+    size_t skip = fresh && !whole_text && token->bytes.s[0] == ' ';
+    if (token->kind != SPECIAL)
+      buf_add(&text, token->bytes.s + skip, token->bytes.n - skip);
+    fresh = whole_text && tok->pieces;
   }
   if (n) *n = text.n;
   return text.s;
@@ -3922,7 +4092,7 @@ char *tbr_decode(const TbrTokenizer *tok, const int32_t *ids, size_t count,
 /* ---- training ---------------------------------------------------------- */
 
 /* The symbols of a text's different words, before each minus how often it comes
- * (at its rank in `words`), and 0 at the end. Byte b is token MARKS + b. */
+ * (at its place in `words`), and 0 at the end. Byte b is token MARKS + b. */
 static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
   TbrTokenizer *words = mem_new(1, sizeof *words);
   size_t used = 0, cap = 1;
@@ -3932,13 +4102,13 @@ static int64_t *corpus_of(const TbrTokenizer *tok, const char *text, size_t n) {
     int32_t word = token_find(words, TEXT, text + at, length);
     if (word < 0) {
       word = token_add(words, TEXT, text + at, length, "a text's words");
-      words->token[word].rank = used;
+      words->token[word].place = used;
       corpus = mem_grow(corpus, &cap, used + length + 2, sizeof *corpus);
       corpus[used++] = 0;
       for (size_t i = 0; i < length; i++)
         corpus[used++] = MARKS + (unsigned char)text[at + i];
     }
-    corpus[words->token[word].rank]--;
+    corpus[words->token[word].place]--;
   }
   corpus[used] = 0;
   tbr_tokenizer_free(words);
@@ -3973,6 +4143,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
              vocab, n, MARKS + 256, MARKS);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   tok->cut = cuts;
+  tok->class = classes_of(cuts, 0);
   tbr_tokenizer_add_marks(tok);
   for (int i = 0; i < 256; i++)
     token_add(tok, TEXT, &(char){(char)i}, 1, "a tokenizer");
@@ -3990,7 +4161,7 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
     buf_add(&both, tok->token[right].bytes.s, tok->token[right].bytes.n);
     int32_t id = token_find(tok, TEXT, both.s, both.n);
     if (id < 0) id = token_add(tok, TEXT, both.s, both.n, "a tokenizer");
-    merge_add(tok, &both, cut);
+    merge_add(tok, &both, cut, tok->pairs.n);
     buf_free(&both);
     /* one symbol for it in all words */
     int64_t *to = corpus;
@@ -4008,22 +4179,6 @@ TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab) {
 }
 
 /* ---- files ------------------------------------------------------------- */
-
-/* How text is treated, byte-level or in pieces, as JSON with ' for "; written
- * so and demanded so. The regex is word_length's, whatever Unicode has. */
-#define MODEL_FORM                                                             \
-  "'model':{'type':'BPE','dropout':null,'continuing_subword_prefix':null,'end" \
-  "_of_word_suffix':null,'ignore_merges':false,'byte_fallback':"
-static const char *const json_form[2] = {
-    "'normalizer':null," OWN_CUT ",'decod"
-    "er':{'type':'ByteLevel','add_prefix_space':false,'trim_offsets':false,'use"
-    "_regex':false}," MODEL_FORM "false",
-    "'normalizer':{'type':'Sequence','normalizers':[{'type':'Prepend','prepend'"
-    ":'\\u2581'},{'type':'Replace','pattern':{'String':' '},'content':'\\u2581'"
-    "}]},'pre_tokenizer':null,'decoder':{'type':'Sequence','decoders':[{'type':"
-    "'Replace','pattern':{'String':'\\u2581'},'content':' '},{'type':'ByteFallb"
-    "ack'},{'type':'Fuse'},{'type':'Strip','content':' "
-    "','start':1,'stop':0}]}," MODEL_FORM "true"};
 
 /* How transformers makes a dialogue into text; JSON as it stands. */
 static const char chat_template[] =
@@ -4099,30 +4254,55 @@ static const Json *json_first(const Json *in, const char *key) {
   return list ? list->child : NULL;
 }
 
-/* Adds the tokens of tokenizer.json. Both lists must be in the order of ids, as
- * Hugging Face writes them; a special token may be in both. */
-static void json_tokens(TbrTokenizer *tok, const Json *root) {
-  const Json *text = json_first(json_get(root, "model"), "vocab");
-  const Json *special = json_first(root, "added_tokens");
-  while (text || special) {
-    double id = (double)tok->n;
-    int is_text = text && text->kind == JSON_NUMBER && text->number == id;
-    int is_special = special && json_number(special, "id", -1) == id;
-    const Json *at = text;
-    const char *name = NULL;
-    if (is_special || !text) at = special;
-    if (is_text) name = text->key;
-    if (is_special) name = json_string(special, "content", NULL);
-    int bad = !name || !*name || (is_text && strcmp(text->key, name));
-    if (bad || (is_special && !json_true(special, "special")))
-      tbr_fail("%s:%zu: ids should be whole numbers from 0 on in order, added "
-               "tokens \"special\": true; %zu is not so, or is there twice",
-               at->path, at->line, tok->n);
-    if (is_special) token_add(tok, SPECIAL, name, strlen(name), root->path);
-    if (!is_special) token_named(tok, name, strlen(name), root->path);
-    if (is_text) text = text->next;
-    if (is_special) special = special->next;
+/* Adds a token of either list of tokenizer.json at its id, below `room`; one
+ * that was added may be in the vocabulary as well. Returns whether it is new.
+ */
+static size_t json_token(TbrTokenizer *tok, const Json *at, size_t room) {
+  static const char known[] = "only false is, of tokens that were added";
+  int in_vocab = at->key != NULL;
+  const char *name = in_vocab ? at->key : json_string(at, "content", "");
+  double number = at->kind == JSON_NUMBER ? at->number : -1;
+  if (!in_vocab) number = json_number(at, "id", -1);
+  size_t id = 0, n = strlen(name);
+  int good = n > 0 && whole(number, &id) && id < room;
+  Token *token = &tok->token[good ? id : 0];
+  size_t new = !token->bytes.n;
+  int same = token->bytes.n == n && !memcmp(token->bytes.s, name, n);
+  if (!good || (!new && (in_vocab || !same)))
+    tbr_fail("%s:%zu: ids should be whole numbers from 0 on; that of \"%.300s\""
+             " is not so, or is there twice",
+             at->path, at->line, name);
+  tok->n = id;
+  if (in_vocab) {
+    token_named(tok, name, n, at->path);
+    return 1;
   }
+  TokenKind kind = json_true(at, "special") ? SPECIAL : ADDED;
+  json_must(at, "{'single_word':false,'lstrip':false,'rstrip':false}", known);
+  if (kind == ADDED) json_must(at, "{'normalized':false}", known);
+  size_t *longest = &tok->added[(unsigned char)*name];
+  if (kind == ADDED && n > *longest) *longest = n;
+  if (new) token_add(tok, kind, name, n, at->path);
+  token->kind = kind;
+  return new;
+}
+
+/* Adds the tokens of tokenizer.json, which may come in any order. */
+static void json_tokens(TbrTokenizer *tok, const Json *root) {
+  const Json *vocab = json_get(json_get(root, "model"), "vocab");
+  const Json *added = json_get(root, "added_tokens");
+  if (!vocab || !added || !strstr(tok->kept->s, ADDED_TOKENS))
+    tbr_fail("%s: should have \"vocab\" and " ADDED_TOKENS, root->path);
+  size_t room = vocab->length + added->length, n = 0;
+  tok->token = mem_new(room, sizeof *tok->token);
+  tok->cap = room;
+  for (const Json *at = vocab->child; at; at = at->next)
+    n += json_token(tok, at, room);
+  for (const Json *at = added->child; at; at = at->next)
+    n += json_token(tok, at, room);
+  for (tok->n = 0; tok->n < n; tok->n++)
+    if (!tok->token[tok->n].bytes.n)
+      tbr_fail("%s: no token has the id %zu", root->path, tok->n);
 }
 
 /* Adds a merge, "a b" or ["a", "b"]. */
@@ -4141,30 +4321,35 @@ static void json_merge(TbrTokenizer *tok, const Json *merge) {
   add_bytes(&bytes, tok->pieces, left, length);
   size_t cut = bytes.n;
   add_bytes(&bytes, tok->pieces, right, strlen(right));
-  if (!cut || bytes.n <= cut || !merge_add(tok, &bytes, cut))
+  if (!cut || bytes.n <= cut || !merge_add(tok, &bytes, cut, tok->pairs.n))
     tbr_fail("%s:%zu: a merge should be \"a b\" or [\"a\", \"b\"], tokens "
-             "that make a third; \"%.300s\" and \"%.300s\" are none",
+             "that make a third, once; \"%.300s\" and \"%.300s\" are no such",
              merge->path, merge->line, left, right);
   buf_free(&bytes);
 }
 
 static TbrTokenizer *load_json(const char *path) {
-  Json *root = json_read(path);
-  const Json *model = json_get(root, "model");
+  static const char known[] =
+      "known are the byte-level BPE of GPT-2, SmolLM2, Qwen 2 and 3, Llama 3 "
+      "and `tbr tokenizer`, and Llama 2's BPE with byte_fallback";
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
-  tok->pieces = json_true(model, "byte_fallback");
-  for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
-    if (json_must(root, cuts[i].form, NULL)) tok->cut = &cuts[i];
-  char *form = format_string("{%s}}", json_form[tok->pieces]);
-  if (tok->cut)
-    form = copy_string("{'decoder':{'type':'ByteLevel'}," MODEL_FORM "false}}");
-  json_must(root, form,
-            "byte-level BPE as `tbr tokenizer` writes it is, and Llama 2's "
-            "BPE with byte_fallback");
+  Buf *file = &tok->kept[TOKENIZER_JSON];
+  file->s = read_file(path, &file->n);
+  Json *root = json_parse(file->s, file->n, path, 1);
+  const Json *model = json_get(root, "model");
+  tok->ignore_merges = json_true(model, "ignore_merges");
+  tok->nfc = json_must(root, "{'normalizer':{'type':'NFC'}}", NULL);
+  for (size_t i = 0; i < CUTS && !tok->cut; i++)
+    if (json_must(root, cuts[i].form, i + 1 < CUTS ? NULL : known))
+      tok->cut = &cuts[i];
+  tok->pieces = tok->cut->style == PIECES;
+  if (!tok->pieces) tok->class = classes_of(tok->cut, tok->nfc);
+  if (!tok->pieces && !tok->nfc) json_must(root, "{'normalizer':null}", known);
+  json_must(root, tok->pieces ? "{" PIECES_FORM "}}" : LEVEL_FORM, known);
   json_tokens(tok, root);
   for (const Json *m = json_first(model, "merges"); m; m = m->next)
     json_merge(tok, m);
-  free(form);
+  tok->n_kept = tok->n;
   json_free(root);
   return tok;
 }
@@ -4184,6 +4369,7 @@ static TbrTokenizer *load_bin(const char *path) {
   char *file = read_file(path, &size);
   TbrTokenizer *tok = mem_new(1, sizeof *tok);
   uint64_t *order = NULL; /* place << 32 | token */
+  tok->cut = &cuts[PIECES];
   tok->pieces = 1;
   for (size_t at = 4, length; at < size; at += 8 + length) {
     size_t id = tok->n, left = size - at;
@@ -4208,7 +4394,7 @@ static TbrTokenizer *load_bin(const char *path) {
   for (size_t i = 0; i < tok->n; i++) {
     const Buf *whole = &tok->token[order[i] & UINT32_MAX].bytes;
     for (size_t cut = 1; cut < whole->n; cut++)
-      merge_add(tok, whole, cut);
+      merge_add(tok, whole, cut, i);
   }
   free(order);
   free(file);
@@ -4243,14 +4429,19 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab) {
   if (vocab && tok->n != vocab && (!json || tok->n > vocab))
     tbr_fail("%s: has %zu tokens, the model %zu (is it of another model?)",
              file, tok->n, vocab);
-  for (unsigned i = 0; i < 256; i++)
-    if ((!tok->cut || tok->cut == cuts) &&
-        token_find(tok, tok->pieces ? BYTE : TEXT, &(char){(char)i}, 1) < 0)
+  for (unsigned i = 0; i < 256 && tok->pieces; i++)
+    if (token_find(tok, BYTE, &(char){(char)i}, 1) < 0)
       tbr_fail("%s: has no token for byte 0x%02X; tokenizers with all 256 are "
                "supported",
                file, i);
   tok->chat_template = chat_template_read(path);
   free(inside);
+  for (size_t i = 1; i < KEPT && json; i++) {
+    char *beside = path_in(path, kept_name[i]);
+    if (file_exists(beside))
+      tok->kept[i].s = read_file(beside, &tok->kept[i].n);
+    free(beside);
+  }
   return tok;
 }
 
@@ -4264,38 +4455,71 @@ static void add_token(Buf *json, const char *before, const TbrTokenizer *tok,
   buf_free(&name);
 }
 
-void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
-  Buf json = {0}, names = {0};
-  add_json(&json, "{'version':'1.0','truncation':null,'padding':null,"
-                  "'added_tokens':[");
-  const char *comma = "";
-  for (size_t i = 0; i < tok->n; i++) {
+/* Adds special tokens from id `first` on, with a comma before the first one. */
+static void add_specials(Buf *json, const TbrTokenizer *tok, size_t first,
+                         const char *comma) {
+  for (size_t i = first; i < tok->n; i++) {
     if (tok->token[i].kind != SPECIAL) continue;
-    buf_printf(&json, "%s\n{\"id\":%zu", comma, i);
-    add_token(&json, ",'content':", tok, (int32_t)i);
-    add_json(&json, ",'single_word':false,'lstrip':false,'rstrip':false,"
-                    "'normalized':false,'special':true}");
+    buf_printf(json, "%s\n{\"id\":%zu", comma, i);
+    add_token(json, ",'content':", tok, (int32_t)i);
+    add_json(json, ",'single_word':false,'lstrip':false,'rstrip':false,"
+                   "'normalized':false,'special':true}");
     comma = ",";
   }
-  add_json(&json, "],\n'post_processor':null,");
-  add_json(&json, json_form[tok->pieces]);
-  add_json(&json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
-  for (size_t i = 0; i < tok->n; i++) {
-    add_token(&json, i ? ",\n" : "\n", tok, (int32_t)i);
-    buf_printf(&json, ":%zu", i);
+}
+
+/* Adds tokenizer.json: that which was read, with new special tokens at the end
+ * of its list, or else one of tbr's own. */
+static void add_tokenizer(Buf *json, const TbrTokenizer *tok) {
+  const Buf *file = &tok->kept[TOKENIZER_JSON];
+  if (file->s) {
+    const char *list = strstr(file->s, ADDED_TOKENS) + strlen(ADDED_TOKENS);
+    list += strcspn(list, "[");
+    JsonReader reader = {list, file->s + file->n, list, "tokenizer.json", 1};
+    Json *old = json_value(&reader, 0);
+    buf_add(json, file->s, (size_t)(reader.at - 1 - file->s));
+    add_specials(json, tok, tok->n_kept, old->child ? "," : "");
+    buf_str(json, reader.at - 1);
+    json_free(old);
+    return;
   }
-  add_json(&json, "},\n'merges':[");
+  Buf names = {0};
+  add_json(json, "{'version':'1.0','truncation':null,'padding':null,"
+                 "'added_tokens':[");
+  add_specials(json, tok, 0, "");
+  add_json(json, "],\n'post_processor':null,");
+  add_json(json, json_form[tok->pieces]);
+  add_json(json, ",'unk_token':null,'fuse_unk':false,\n'vocab':{");
+  for (size_t i = 0; i < tok->n; i++) {
+    add_token(json, i ? ",\n" : "\n", tok, (int32_t)i);
+    buf_printf(json, ":%zu", i);
+  }
+  add_json(json, "},\n'merges':[");
   for (size_t i = 0; i < tok->pairs.n; i++) {
     buf_clear(&names);
     add_name(&names, tok, pair_left(tok->merge[i]));
     buf_char(&names, ' ');
     add_name(&names, tok, pair_right(tok->merge[i]));
-    buf_str(&json, i ? ",\n" : "\n");
-    json_quote(&json, names.s, names.n);
+    buf_str(json, i ? ",\n" : "\n");
+    json_quote(json, names.s, names.n);
   }
-  buf_str(&json, "]}}\n");
+  buf_str(json, "]}}\n");
+  buf_free(&names);
+}
+
+void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
+  int new = tok->n > tok->n_kept;
   make_directory(directory);
-  write_in(directory, "tokenizer.json", json.s, json.n);
+  for (size_t i = 0; i < KEPT && !new; i++)
+    if (tok->kept[i].s)
+      write_in(directory, kept_name[i], tok->kept[i].s, tok->kept[i].n);
+  if (tok->chat_template)
+    write_in(directory, "chat_template.jinja", tok->chat_template,
+             strlen(tok->chat_template));
+  if (!new) return;
+  Buf json = {0};
+  add_tokenizer(&json, tok);
+  write_in(directory, kept_name[TOKENIZER_JSON], json.s, json.n);
   /* what transformers wants to know besides */
   int32_t bos = tbr_special(tok, mark_name[BOS]);
   int32_t eos = tbr_special(tok, mark_name[EOS]);
@@ -4308,11 +4532,7 @@ void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory) {
       tbr_special(tok, mark_name[ASSISTANT]) >= 0)
     buf_printf(&json, ",\n  \"chat_template\": \"%s\"", chat_template);
   buf_str(&json, "\n}\n");
-  write_in(directory, "tokenizer_config.json", json.s, json.n);
-  if (tok->chat_template)
-    write_in(directory, "chat_template.jinja", tok->chat_template,
-             strlen(tok->chat_template));
-  buf_free(&names);
+  write_in(directory, kept_name[TOKENIZER_CONFIG], json.s, json.n);
   buf_free(&json);
 }
 
@@ -4633,7 +4853,7 @@ static int json_must(const Json *root, const char *form, const char *known) {
     const Json *have = json_get(root, member->key);
     if (json_holds(have, member)) continue;
     holds = 0;
-    if (!known) continue;
+    if (!known) break;
     if (!have) have = root;
     tbr_fail("%s:%zu: this \"%s\" is not supported; %s", have->path, have->line,
              member->key, known);

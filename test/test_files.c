@@ -434,7 +434,15 @@ static void test_byte_level(void) {
       {"\"t h\"", "\"t q\"", "make a third"},
       {"\"t h\"", "\"th\"  ", "a merge should be"},
       {"\"t h\"", "7    ", "a merge should be"},
-      {"\"special\":true", "\"special\":null", "added tokens \"special\""}};
+      {"\"t h\"", "\"t h\",\"t h\"", "a third, once"},
+      {"\"special\":true", "\"special\":null,\"normalized\":true",
+       "this \"normalized\" is not"},
+      {"\"rstrip\":false", "\"rstrip\":true ", "this \"rstrip\" is not"},
+      {"\"byte_fallback\":false", "\"byte_fallback\":true ", "\"model\""},
+      {"\"pre_tokenizer\":{", "\"pre_tokenizer\":7,\"x\":{", "\"pre_token"},
+      {"{\"id\":5", "{\"id\":4e9", "whole numbers from 0"},
+      {"\"t\":122,", "", "no token has the id 122"},
+      {"\"added_tokens\":[", "\"added\":[", "should have \"vocab\" and"}};
   for (volatile size_t i = 0; i < sizeof change / sizeof *change; i++) {
     char *at = strstr(good, change[i][0]);
     CHECK(at);

@@ -1,6 +1,6 @@
-/* Prints the ids of texts, for tokenizers.py: tokens TOKENIZER <TEXTS, where
- * each text is a line in JSON; a line of ids for each, and `refused: why` for
- * what is refused. With a file as second argument, its whole text is encoded
+/* Prints the ids of texts, for parity_tokenizers.py: tokens TOKENIZER <TEXTS, where
+ * each text is a line in JSON; a line of ids for each, behind ~ if they don't
+ * decode to the text, and `refused: why` for what is refused. With a file as second argument, its whole text is encoded
  * several times, and the seconds that the fastest took are printed; with `save`
  * and a folder, the tokenizer is written there. */
 #include "../tbr.c"
@@ -8,7 +8,10 @@
 
 static void print_ids(const TbrTokenizer *tok, const char *text, size_t n) {
   int32_t *ids;
-  size_t count = tbr_encode(tok, text, n, &ids);
+  size_t m, count = tbr_encode(tok, text, n, &ids);
+  char *back = tbr_decode(tok, ids, count, &m);
+  if (m != n || memcmp(back, text, n)) printf("~");
+  free(back);
   for (size_t i = 0; i < count; i++) printf("%ld ", (long)ids[i]);
   printf("\n");
   free(ids);
