@@ -4202,8 +4202,9 @@ enum { PIECE_BLANK = 0x2581 }; /* what a blank is in pieces */
 /* Adds the bytes that a name stands for; if it is none, empties the buffer. */
 static void add_bytes(Buf *bytes, int pieces, const char *name, size_t n) {
   for (size_t at = 0, length; at < n; at += length) {
-    uint32_t code = 0, byte = 0;
+    uint32_t code = 0;
     length = utf8_decode(name + at, n - at, &code);
+    uint32_t byte = code < 256 ? code : 0; /* it is not below that */
     while (!pieces && byte < 256 && byte_letter(byte) != code)
       byte++;
     if (!length || byte == 256) {
@@ -4267,7 +4268,7 @@ static size_t json_token(TbrTokenizer *tok, const Json *at, size_t room) {
   int good = n > 0 && whole(number, &id) && id < room;
   Token *token = &tok->token[good ? id : 0];
   size_t new = !token->bytes.n;
-  int same = token->bytes.n == n && !memcmp(token->bytes.s, name, n);
+  int same = !new && token->bytes.n == n && !memcmp(token->bytes.s, name, n);
   if (!good || (!new && (in_vocab || !same)))
     tbr_fail("%s:%zu: ids should be whole numbers from 0 on; that of \"%.300s\""
              " is not so, or is there twice",

@@ -381,7 +381,9 @@ size_t tbr_batch_read(const char *path, TbrExamples *rows);
 
 /* Reads a tokenizer.json, a directory that holds one, or llama2.c's
  * tokenizer.bin (which must hold `vocab` tokens, unless that is 0; of equal
- * scores the lower token is merged first, as tokenizer.json has it). */
+ * scores the lower token is merged first, as tokenizer.json has it). Known are
+ * the byte-level BPE of GPT-2, SmolLM2, Qwen 2 and 3, Llama 3 and of tbr
+ * itself, and Llama 2's BPE; their ids are those of Hugging Face. */
 TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
 
 /* Learns a byte-level BPE (Sennrich et al., 2016) from n bytes of text: the
@@ -389,13 +391,16 @@ TbrTokenizer *tbr_tokenizer_load(const char *path, size_t vocab);
  * pair occurs twice. */
 TbrTokenizer *tbr_tokenizer_train(const char *text, size_t n, size_t vocab);
 
-/* Writes tokenizer.json and tokenizer_config.json as transformers has them. */
+/* Writes tokenizer.json and tokenizer_config.json as transformers has them:
+ * what was read from a directory byte for byte, with what stood beside it. */
 void tbr_tokenizer_save(const TbrTokenizer *tok, const char *directory);
 void tbr_tokenizer_free(TbrTokenizer *tok);
 size_t tbr_tokenizer_vocab(const TbrTokenizer *tok);
 
 /* Text to *ids (fresh); returns how many. Never yields a special token:
- * "<|eos|>" in text is seven characters like others. Decoding gives back the
+ * "<|eos|>" in text is seven characters like others. Bytes that have no token
+ * are left out, as Hugging Face does; fails where a tokenizer wants Unicode's
+ * form NFC and text may be in another. Apart from that, decoding gives back the
  * n bytes exactly; special tokens decode to nothing, and so do ids outside the
  * vocabulary, since a model's may be larger. */
 size_t tbr_encode(const TbrTokenizer *tok, const char *text, size_t n,
