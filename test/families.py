@@ -11,8 +11,9 @@ logits and greedy tokens. Not part of `make test`. Exit status 1 if anything
 differs.
 
 In a real model float32 doesn't reach 1e-4 for every gradient, in PyTorch
-neither: there the bound is 2e-3, and the errors of both are printed. tbr's are
-some 2 to 3 times PyTorch's, since its sums run in one order from end to end.
+neither, so there the bound is 2e-3, and the errors of both are printed. Of
+SmolLM2-135M's 272 tensors 222 are above 1e-4 and PyTorch's 68; the worst one has
+1.0e-3 and PyTorch's 9.3e-4.
 """
 import csv, json, os, subprocess, sys, tempfile
 import torch
