@@ -422,8 +422,7 @@ static void config_write(const TbrConfig *config, const char *directory,
 static TbrConfig bin_config(const char *file, size_t size, const char *path);
 static void bin_weights(TbrModel *model, const char *file);
 
-/* Checks that a directory has all tensors of a model, and reads them if there
- * is memory for them. */
+/* Reads a model's tensors; checks only that they are there if param is NULL. */
 static void weights_read(TbrModel *model, const char *directory);
 
 /* ======================================================================
