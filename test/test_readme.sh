@@ -42,8 +42,10 @@ for page in README.md data/README.md data/world/README.md data/ablation/README.m
     missing=
     for word in $line; do
       case $word in
-      alpaca_en_demo.json | STAR-1.json | xstest_prompts.csv | stories260K.bin | tok512.bin)
-        [ -f "$word" ] || missing=$word ;;
+      alpaca_en_demo.json | STAR-1.json | xstest_prompts.csv | stories260K.bin | tok512.bin | \
+        smollm2 | out/adapter)
+        [ -e "$word" ] || missing=$word
+        case $line in *"--out $word"*) missing= ;; esac ;;
       esac
     done
     [ -z "$missing" ] || { echo "no $missing here: not tried: $line"; continue; }
