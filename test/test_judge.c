@@ -144,7 +144,7 @@ static void test_reflecting(void) {
   TbrExamples rows = {.row = row, .n = 2};
   const char *const lead[] = {"a", "b"};
   TbrSampling how = {.temperature = 0, .top_p = 1, .tokens = 60};
-  tbr_reflect(m, tok, &rows, lead, &how);
+  tbr_reflect(m, tok, &rows, lead, 0, &how);
   TbrTokens prompt = {0};
   tokens_add(&prompt, tbr_special(tok, "<|bos|>"));
   tokens_bytes(&prompt, tok, "b", 1);

@@ -318,13 +318,13 @@ static void test_cut_dialogue(const char *folder) {
   TbrExample row = {.prompt = "0123456789 0123456789"};
   TbrExamples rows = {.row = &row, .n = 1};
   size_t cut;
-  TbrTokens *prompt = prompts_of(&model, tok, &rows, &cut);
+  TbrTokens *prompt = prompts_of(&model, tok, &rows, NULL, &cut);
   char *asked = as_text(tok, prompt->id, prompt->n);
   EQUAL(cut, 1);
   SAME(asked, "[<|im_start|>]user\n012345678[<|im_end|>]\n[<|im_start|>]"
               "assistant\n");
   model.config.context = ask.n + 3;
-  FAILS(prompts_of(&model, tok, &rows, &cut), "too short for a dialogue");
+  FAILS(prompts_of(&model, tok, &rows, NULL, &cut), "too short for a dialogue");
   free(said), free(asked), free(ask.id);
   tbr_answers_free(prompt, 1);
   tbr_sequences_free(&s);
