@@ -823,6 +823,12 @@ static void add_file(Buf *to, const char *directory, const char *name) {
   free(bytes);
 }
 
+/* The files that a model may consist of, whole or in shards or as adapters. */
+static const char *const model_file[] = {
+    "config.json", "adapter_config.json", "tokenizer.json",
+    "chat_template.jinja", "model.safetensors", "model.safetensors.index.json",
+    "adapter_model.safetensors"};
+
 /* Writes a mark of all that an evaluation depends on. */
 static void evaluation_mark(char mark[17], const Cell *cell,
                             TbrExamples *tests) {
@@ -837,10 +843,15 @@ static void evaluation_mark(char mark[17], const Cell *cell,
     buf_str(&said, "\n{");
     example_members(&said, &tests->row[i], 0);
   }
-  add_file(&said, o->model, "config.json");
-  add_file(&said, o->model, "tokenizer.json");
-  add_file(&said, o->model, "model.safetensors");
   uint64_t hash = hash_bytes(HASH_START, said.s, said.n);
+  for (size_t i = 0; i < sizeof model_file / sizeof *model_file; i++) {
+    char *path = path_in(o->model, model_file[i]);
+    size_t n = 0;
+    char *bytes = file_exists(path) ? read_file(path, &n) : NULL;
+    hash = hash_bytes(hash, bytes, n);
+    free(bytes);
+    free(path);
+  }
   snprintf(mark, 17, "%016llx", (unsigned long long)hash);
   buf_free(&said);
 }
