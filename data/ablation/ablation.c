@@ -449,8 +449,8 @@ static void reflect_internally(ArmRows *from) {
                      .top_p = 1,
                      .tokens = 96,
                      .seed = cell->method.seed};
-  Pair base = pair_load(&cell->method, cell->method.base,
-                        cell->method.tokenizer, 0);
+  Pair base =
+      pair_load(&cell->method, cell->method.base, cell->method.tokenizer, 0);
   tbr_reflect(base.model, base.tok, &plain, (const char *const *)lead,
               request != NULL, &how);
   for (size_t i = 0; i < from->n; i++) {
@@ -824,10 +824,13 @@ static void add_file(Buf *to, const char *directory, const char *name) {
 }
 
 /* The files that a model may consist of, whole or in shards or as adapters. */
-static const char *const model_file[] = {
-    "config.json", "adapter_config.json", "tokenizer.json",
-    "chat_template.jinja", "model.safetensors", "model.safetensors.index.json",
-    "adapter_model.safetensors"};
+static const char *const model_file[] = {"config.json",
+                                         "adapter_config.json",
+                                         "tokenizer.json",
+                                         "chat_template.jinja",
+                                         "model.safetensors",
+                                         "model.safetensors.index.json",
+                                         "adapter_model.safetensors"};
 
 /* Writes a mark of all that an evaluation depends on. */
 static void evaluation_mark(char mark[17], const Cell *cell,
