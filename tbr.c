@@ -3320,7 +3320,7 @@ static void add_turns(Buf *to, const TbrExample *example) {
   json_field(to, "content", example->prompt);
   Buf turn = {0};
   if (example->reflection)
-    buf_printf(&turn, "<think>%s</think>", example->reflection);
+    buf_printf(&turn, "<think>\n%s\n</think>\n\n", example->reflection);
   if (example->response) buf_str(&turn, example->response);
   if (turn.s) {
     buf_str(to, "}, {\"role\": \"assistant\"");
