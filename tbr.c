@@ -376,8 +376,10 @@ enum { BOS, EOS, USER, ASSISTANT, THINK, END_THINK, MARKS };
 static const char *const mark_name[MARKS] = {
     "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<think>", "</think>"};
 
-/* Where a tokenizer has its chat template: NULL for none, or tbr's own. */
-static char **chat_template_of(const TbrTokenizer *tok);
+/* The chat template of a tokenizer, NULL for none, or tbr's own; takes another
+ * (fresh), and frees the one before. */
+static const char *chat_template_of(const TbrTokenizer *tok);
+static void chat_template_set(TbrTokenizer *tok, char *text);
 
 /* From numbers but 0 to numbers. Starts as {0}; to free it, free its slot. */
 typedef struct {
@@ -573,7 +575,7 @@ static const Template template_row[] = {
 /* The row of a tokenizer. */
 static const Template *template_of(const TbrTokenizer *tok) {
   const Template *row = template_row;
-  const char *own = *chat_template_of(tok);
+  const char *own = chat_template_of(tok);
   while (own && !strstr(own, row->sign))
     row++;
   return row;
@@ -596,8 +598,7 @@ void tbr_tokenizer_template(TbrTokenizer *tok, const char *name,
              "{{ messages[1].content }}%s{%% endif %%}",
              row->between, eos ? "{{ eos_token }}" : row->behind);
   if (row == template_row) buf_free(&text);
-  free(*chat_template_of(tok));
-  *chat_template_of(tok) = text.s;
+  chat_template_set(tok, text.s);
 }
 
 /* The special token whose name begins there, of n bytes; or -1. */
@@ -660,7 +661,7 @@ static Dialogue dialogue_of(const TbrTokenizer *tok, const char *prompt,
   const Template *row = template_needed(tok);
   int plain = row == template_row;
   int trims = !strncmp(row->name, "llama", 5); /* white space of messages */
-  const char *date = *chat_template_of(tok);
+  const char *date = chat_template_of(tok);
   Dialogue d = {{0}, 0, 0, 0, 0};
   if (date) date = strstr(date, "Today Date: ");
   date = date && date[12] != '"' ? date + 12 : "26 Jul 2024";
@@ -3730,8 +3731,13 @@ void tbr_tokenizer_free(TbrTokenizer *tok) {
   free(tok);
 }
 
-static char **chat_template_of(const TbrTokenizer *tok) {
-  return (char **)&tok->chat_template;
+static const char *chat_template_of(const TbrTokenizer *tok) {
+  return tok->chat_template;
+}
+
+static void chat_template_set(TbrTokenizer *tok, char *text) {
+  free(tok->chat_template);
+  tok->chat_template = text;
 }
 
 size_t tbr_tokenizer_vocab(const TbrTokenizer *tok) { return tok->n; }
@@ -6285,7 +6291,7 @@ static void verb_generate(const Options *options) {
   Pair pair = pair_load(options, options->model, options->tokenizer, 0);
   TbrTokens prompt = {0};
   const char *asked = options->prompt;
-  int answers = *chat_template_of(pair.tok) ||
+  int answers = chat_template_of(pair.tok) ||
                 tbr_special(pair.tok, mark_name[ASSISTANT]) >= 0;
   if (answers)
     prompt = tbr_prompt_tokens(pair.tok, asked);
