@@ -175,7 +175,7 @@ typedef struct {
 typedef struct {
   char name[80];
   size_t rows, columns, at;
-  size_t lora; /* 0, or the number of its adapter's A, counted from 1; B: next */
+  size_t lora; /* 0, or its adapter's A, counted from 1; B is the next */
 } TbrTensor;
 
 /* Low-rank adapters (LoRA: Hu et al., 2021), which add alpha / rank times x A^T
@@ -196,7 +196,8 @@ typedef struct TbrModel {
   TbrTensor *tensor;
   tbr_real *param;
   size_t n_halves;
-  uint16_t *half; /* NULL, or its matrices in 16 bits; param: the vectors alone */
+  uint16_t
+      *half; /* NULL, or its matrices in 16 bits; param: the vectors alone */
   int half_type;
   struct TbrModel *adapter; /* NULL, or A and B, which alone are trained */
   TbrLora lora;
