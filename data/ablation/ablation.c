@@ -1508,20 +1508,27 @@ static Estimate estimate(const Results *results, size_t rate, const char *arm,
   return found;
 }
 
+/* Adds what was found of scores as a cell: the mean, from two seeds on its
+ * t-interval, and the interval over prompts, if there is one. */
+static void score_cell(Table *table, const Estimate *of, const char *less) {
+  Buf text = {0};
+  buf_printf(&text, less ? "%+.3f" : "%.3f", of->mean);
+  if (of->seeds > 1) buf_printf(&text, " +- %.3f", of->half);
+  if (of->n) buf_printf(&text, " [%.3f, %.3f]", of->low, of->high);
+  put_cell(table, "%s", text.s);
+  buf_free(&text);
+}
+
 /* Adds the rate of an arm as a cell: count/n, the rate, Wilson's interval;
  * from two seeds on the mean over seeds with its t-interval, and Wilson's over
  * all prompts. With another arm, the mean difference under the same seeds. */
 static void rate_cell(Table *table, const Results *results, size_t rate,
                       const char *arm, const char *less) {
   Estimate of = estimate(results, rate, arm, less);
-  int is_score = rate_kind[rate].count >= TBR_COUNTS;
-  if (!of.seeds)
+  if (of.seeds && rate_kind[rate].count >= TBR_COUNTS)
+    score_cell(table, &of, less);
+  else if (!of.seeds)
     put_cell(table, "-");
-  else if (is_score && !of.n)
-    put_cell(table, "%.3f", of.mean);
-  else if (is_score)
-    put_cell(table, "%+.3f +- %.3f [%.3f, %.3f]", of.mean, of.half, of.low,
-             of.high);
   else if (less)
     put_cell(table, "%+.3f +- %.3f", of.mean, of.half);
   else if (of.seeds > 1)
