@@ -325,8 +325,8 @@ static void arm_read(Grid *grid, char *line, const Place *place) {
   int is_trained = of && !*of->of && of->seeds >= arm.seeds;
   if (*arm.of && !is_trained && strcmp(arm.of, "base"))
     fail_at(place,
-            "of=%s should be base, or name an arm above that is trained, under "
-            "as many seeds",
+            "of=%s should name an arm above that is trained, under as many "
+            "seeds, or be base",
             arm.of);
   if (!arm.seeds) fail_at(place, "seeds must be at least 1");
   grid->arm =
