@@ -986,12 +986,27 @@ static void linear_forward(real *y, const real *residual, const real *x,
   }
 }
 
-/* dx (rows,in) = dy (rows,out) W (out,in); dW (out,in) += dy^T (out,rows) x
- * (rows,in), or the gradients of the adapters. */
-static void linear_backward(real *dx, const real *dy, const real *x,
-                            const Linear *l, size_t rows) {
+/* dx (rows,in) = dy (rows,out) W (out,in), and the way through adapters. */
+static void linear_backward(real *dx, const real *dy, const Linear *l,
+                            size_t rows) {
   size_t in = l->in, out = l->out, rank = l->rank;
   gemm(rows, in, out, mat(dy, out), l->w, 0, dx, in);
+  for (size_t i = 0; i < l->parts; i++) {
+    Mat dy_part = mat(dy + l->from[i], out); /* (rows,width) */
+    Mat a = mat(l->adapters + l->a[i]->at, in);
+    Mat b = mat(l->adapters + l->a[i][1].at, rank);
+    real *dlow = low_rank(l, dy_part, b, rows, l->a[i][1].rows);
+    /* dx (rows,in) += dlow (rows,rank) A (rank,in) */
+    gemm(rows, in, rank, mat(dlow, rank), a, 1, dx, in);
+    free(dlow);
+  }
+}
+
+/* dW (out,in) += dy^T (out,rows) x (rows,in), dbias += the sum of dy's rows; or
+ * the gradients of adapters. */
+static void linear_gradient(const real *dy, const real *x, const Linear *l,
+                            size_t rows) {
+  size_t in = l->in, out = l->out, rank = l->rank;
   if (l->dw) gemm(out, in, rows, transposed(dy, out), mat(x, in), 1, l->dw, in);
   if (l->dbias)
     gemm(out, 1, rows, transposed(dy, out), mat(&unit, 0), 1, l->dbias, 1);
@@ -1002,9 +1017,7 @@ static void linear_backward(real *dx, const real *dy, const real *x,
     real *low = low_rank(l, mat(x, in), at, rows, in);
     real *dlow =
         low_rank(l, mat(dy_part, out), mat(l->adapters + b, rank), rows, width);
-    /* dx (rows,in) += dlow A; dA (rank,in) += dlow^T x; dB (width,rank) +=
-     * dy^T low */
-    gemm(rows, in, rank, mat(dlow, rank), mat(l->adapters + a, in), 1, dx, in);
+    /* dA (rank,in) += dlow^T x; dB (width,rank) += dy^T low */
     gemm(rank, in, rows, transposed(dlow, rank), mat(x, in), 1,
          l->dadapters + a, in);
     gemm(width, rank, rows, transposed(dy_part, out), mat(low, rank), 1,
@@ -1249,9 +1262,9 @@ static void swiglu_forward(real *y, const real *gate_up, size_t rows,
   }
 }
 
-/* dgate_up (rows,2 hidden), given dy (rows,hidden). */
-static void swiglu_backward(real *dgate_up, const real *dy, const real *gate_up,
-                            size_t rows, size_t hidden) {
+/* dgate_up (rows,2 hidden), given dy (rows,hidden); and y once more. */
+static void swiglu_backward(real *dgate_up, real *y, const real *dy,
+                            const real *gate_up, size_t rows, size_t hidden) {
 #pragma omp parallel for num_threads(threads())
   for (size_t r = 0; r < rows; r++) {
     const real *gate = gate_up + r * 2 * hidden;
@@ -1259,10 +1272,13 @@ static void swiglu_backward(real *dgate_up, const real *dy, const real *gate_up,
     const real *dyr = dy + r * hidden;
     real *dgate = dgate_up + r * 2 * hidden;
     real *dup = dgate + hidden;
+    real *yr = y + r * hidden;
 #pragma omp simd
     for (size_t j = 0; j < hidden; j++) {
-      real sigmoid = 1 / (1 + exp_real(-gate[j]));
+      real below = 1 + exp_real(-gate[j]);
+      real sigmoid = 1 / below;
       real silu = gate[j] * sigmoid;
+      yr[j] = gate[j] / below * up[j];
       dup[j] = dyr[j] * silu;
       dgate[j] = dyr[j] * up[j] * (sigmoid + silu * (1 - sigmoid));
     }
@@ -1785,16 +1801,19 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   real *dnormed = acts->dshared;   /* (rows,dim) */
   real *dattended = acts->dshared; /* (rows,q) */
   /* out = middle + SwiGLU(gate_up) W_down^T (hidden,dim) */
-  swiglu_forward(acts->hidden, a.gate_up, rows, config->hidden);
-  linear_backward(dhidden, dresidual, acts->hidden, &w->down, rows);
-  swiglu_backward(acts->dgate_up, dhidden, a.gate_up, rows, config->hidden);
+  linear_backward(dhidden, dresidual, &w->down, rows);
+  swiglu_backward(acts->dgate_up, acts->hidden, dhidden, a.gate_up, rows,
+                  config->hidden);
+  linear_gradient(dresidual, acts->hidden, &w->down, rows);
   /* gate_up = RMSNorm(middle) W_gate_up^T (dim,2 hidden) */
   rmsnorm_forward(acts->normed, a.rstd2, a.middle, w->norm2, rows, dim, eps);
-  linear_backward(dnormed, acts->dgate_up, acts->normed, &w->gate_up, rows);
+  linear_backward(dnormed, acts->dgate_up, &w->gate_up, rows);
+  linear_gradient(acts->dgate_up, acts->normed, &w->gate_up, rows);
   rmsnorm_backward(dresidual, w->dnorm2, dnormed, a.middle, a.rstd2, w->norm2,
                    rows, dim, acts->normed);
   /* middle = residual + attended W_out^T (q,dim) */
-  linear_backward(dattended, dresidual, a.attended, &w->out, rows);
+  linear_backward(dattended, dresidual, &w->out, rows);
+  linear_gradient(dresidual, a.attended, &w->out, rows);
   /* attended = attention(qkv) */
   memset(acts->dqkv, 0, rows * qkv * sizeof(real));
   attend_backward(config, acts->dqkv, dattended, a.qkv, batch);
@@ -1802,7 +1821,8 @@ static void layer_backward(const TbrConfig *config, const Layer *w,
   rope(acts->dqkv, qkv, config->heads + config->kv_heads, config->head_dim,
        batch, acts->cosines, acts->sines, -1);
   rmsnorm_forward(acts->normed, a.rstd1, a.residual, w->norm1, rows, dim, eps);
-  linear_backward(dnormed, acts->dqkv, acts->normed, &w->qkv, rows);
+  linear_backward(dnormed, acts->dqkv, &w->qkv, rows);
+  linear_gradient(acts->dqkv, acts->normed, &w->qkv, rows);
   rmsnorm_backward(dresidual, w->dnorm1, dnormed, a.residual, a.rstd1, w->norm1,
                    rows, dim, acts->normed);
 }
@@ -1877,7 +1897,8 @@ static double sum_loss(const TbrModel *model, TbrActs *acts, const real *last,
       sum += (double)loss[r];
     if (!grad) continue;
     /* the same backwards; logits are their gradient now */
-    linear_backward(dnormed, logits, normed, &w, n);
+    linear_backward(dnormed, logits, &w, n);
+    linear_gradient(logits, normed, &w, n);
     memset(dx, 0, n * dim * sizeof *dx);
     rmsnorm_backward(dx, dnorm, dnormed, x, rstd, norm, n, dim, normed);
     for (size_t r = 0; r < n; r++)
